@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: MIT
+"""Training checkpoints: one safetensors file per epoch, written atomically, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmtfast.config import MAY_CHANGE_ON_RESUME, TrainConfig, from_mapping
+from lmtfast.errors import ConfigError, MissingDependencyError
+from lmtfast.models import MODELS, build_model
+
+SCHEMA = 1
+KEEP = 2
+METADATA_KEY = "lmtfast"
+CHECKSUM_KEY = "sha256"
+FILE_NAME = re.compile(r"epoch-(\d{6,})\.safetensors")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The complete state of a training run after a whole number of epochs.
+
+    Args:
+        config: The configuration of the run.
+        epoch: Epochs completed.
+        step: Optimiser steps completed.
+        input_shape: Shape of one input.
+        classes: Number of classes K.
+        dataset: Name of the data set.
+        dataset_digest: SHA-256 of its arrays; a resumed run must have the same.
+        history: One mapping per completed epoch.
+        tensors: ``model/*``, ``bound/*`` (power iterates), ``optimizer/<parameter>/*``, ``rng/*``
+            and ``losses``.
+        path: The file it was read from.
+
+    Guarantee:
+        What is loaded has the checksum of what was saved, or loading fails.
+
+    Example:
+        >>> load_checkpoint("runs/mnist-lmt").epoch  # doctest: +SKIP
+        20
+    """
+
+    config: TrainConfig
+    epoch: int
+    step: int
+    input_shape: tuple[int, ...]
+    classes: int
+    dataset: str
+    dataset_digest: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    path: Path | None = None
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Tensors whose name starts with ``prefix/``, without the prefix."""
+        start = f"{prefix}/"
+        return {n[len(start) :]: t for n, t in self.tensors.items() if n.startswith(start)}
+
+    def model(self, *, import_model: bool = False) -> nn.Module:
+        """The trained network, in evaluation mode, on the CPU.
+
+        Args:
+            import_model: Allow a model that is not the library's own. The file then names a
+                callable that is imported and called, so allow it only for files you trust.
+
+        Raises:
+            ConfigError: A foreign model without ``import_model``, or tensors that do not fit the
+            network.
+        """
+        name, where = self.config.model, str(self.path or "checkpoint")
+        if name not in MODELS and not import_model:
+            raise ConfigError(
+                f"a model of the library ({', '.join(sorted(MODELS))})",
+                f"{name!r}, which would be imported and called",
+                where,
+                "if you trust the file, pass import_model=True (--import-model)",
+            )
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(
+                name,
+                input_shape=self.input_shape,
+                classes=self.classes,
+                options=self.config.model_options,
+            )
+        load_tensors(model, self.group("model"), where=f"{where}: model")
+        return model.eval()
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
+    """``load_state_dict`` with the library's error.
+
+    Raises:
+        ConfigError: Names or shapes differ from those of the module.
+    """
+    try:
+        module.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise ConfigError(
+            "tensors that fit the module",
+            str(error).splitlines()[-1].strip(),
+            where,
+            "use the code and the configuration the checkpoint was written with",
+        ) from error
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+) -> dict[str, torch.Tensor]:
+    """The optimiser's state tensors, named ``optimizer/<parameter>/<key>``."""
+    return {
+        f"optimizer/{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[str], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what :func:`optimizer_tensors` named; ``parameters`` in the optimiser's order."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for index, name in enumerate(parameters):
+        entries = {
+            k.rpartition("/")[2]: t for k, t in tensors.items() if k.rpartition("/")[0] == name
+        }
+        if entries:
+            state[index] = entries
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_checkpoint(directory: str | Path, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
+    """Write a checkpoint atomically and delete all but the newest ``keep``.
+
+    The file is written beside its final name, flushed to the disk and renamed, and the directory is
+    flushed: after a crash the name holds the whole file or does not exist.
+
+    Returns:
+        Path of the file, ``directory/epoch-NNNNNN.safetensors``.
+
+    Raises:
+        MissingDependencyError: safetensors is not installed.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Clones, because safetensors refuses tensors that share memory, and a fused optimiser may keep
+    # views.
+    tensors = {n: t.detach().to("cpu").clone().contiguous() for n, t in checkpoint.tensors.items()}
+    header = {
+        "schema": SCHEMA,
+        "config": checkpoint.config.to_dict(),
+        "epoch": checkpoint.epoch,
+        "step": checkpoint.step,
+        "input_shape": list(checkpoint.input_shape),
+        "classes": checkpoint.classes,
+        "dataset": checkpoint.dataset,
+        "dataset_digest": checkpoint.dataset_digest,
+        "history": checkpoint.history,
+    }
+    text = json.dumps(header, sort_keys=True)
+    metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)}
+    path = directory / f"epoch-{checkpoint.epoch:06d}.safetensors"
+    _write_atomically(path, _safetensors().save(tensors, metadata))
+    for _, old in _checkpoint_files(directory)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: str | Path, *, allow_previous: bool = False) -> Checkpoint:
+    """Read a checkpoint file, or the newest one of a directory.
+
+    Args:
+        path: A file, or a directory :func:`save_checkpoint` wrote to.
+        allow_previous: If the newest file of a directory is damaged, use the one before it and log
+            a warning.
+
+    Raises:
+        ConfigError: No checkpoint, or a damaged one; the message names the file. It never falls
+        back unasked.
+        MissingDependencyError: safetensors is not installed.
+    """
+    path = Path(path)
+    files = [f for _, f in _checkpoint_files(path)] if path.is_dir() else [path]
+    if not files or not files[-1].is_file():
+        raise ConfigError(
+            "a checkpoint file, or a directory with epoch-NNNNNN.safetensors",
+            "none",
+            str(path),
+            "check the path, or train first: lmtfast train --out DIR",
+        )
+    for file in reversed(files):
+        try:
+            return _read(file)
+        except ConfigError as error:
+            if not allow_previous or file is files[0]:
+                raise
+            _log.warning("%s Using the previous checkpoint, as asked.", error)
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+    """Whether a directory holds a checkpoint."""
+    return Path(directory).is_dir() and bool(_checkpoint_files(Path(directory)))
+
+
+def check_resumable(checkpoint: Checkpoint, config: TrainConfig, *, digest: str) -> None:
+    """Refuse to continue a run under another configuration or on other data.
+
+    Raises:
+        ConfigError: A field differs that changes what is computed, or the data differ.
+    """
+    old, new = checkpoint.config.to_dict(), config.to_dict()
+    changed = [k for k in old if old[k] != new[k] and k not in MAY_CHANGE_ON_RESUME]
+    where = str(checkpoint.path or "checkpoint")
+    if changed:
+        raise ConfigError(
+            "the configuration of the checkpoint",
+            ", ".join(f"{k} = {new[k]!r} instead of {old[k]!r}" for k in changed),
+            where,
+            "resume with the same configuration, or train into another directory",
+        )
+    if checkpoint.dataset_digest != digest:
+        raise ConfigError(
+            f"the data the run began with (sha256 {checkpoint.dataset_digest[:12]})",
+            f"sha256 {digest[:12]}",
+            where,
+            "pass the same data, or train into another directory",
+        )
+    if checkpoint.epoch > config.epochs:
+        raise ConfigError(
+            f"at least {checkpoint.epoch} epochs",
+            str(config.epochs),
+            where,
+            "raise epochs in the configuration",
+        )
+
+
+def _read(path: Path) -> Checkpoint:
+    library = _safetensors()
+    try:
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
+        tensors = library.load(raw)
+        text = metadata[METADATA_KEY]
+        if metadata[CHECKSUM_KEY] != _checksum(text, tensors):
+            raise ValueError("its checksum does not match its contents")
+        header = json.loads(text)
+        if header["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {header['schema']}, this version reads {SCHEMA}")
+        return Checkpoint(
+            config=from_mapping(header["config"], where=f"{path}: config"),
+            epoch=header["epoch"],
+            step=header["step"],
+            input_shape=tuple(header["input_shape"]),
+            classes=header["classes"],
+            dataset=header["dataset"],
+            dataset_digest=header["dataset_digest"],
+            history=header["history"],
+            tensors=tensors,
+            path=path,
+        )
+    except ConfigError:
+        raise
+    # safetensors raises its own exception type, which derives from Exception alone.
+    except Exception as error:
+        raise ConfigError(
+            "an intact checkpoint",
+            f"{type(error).__name__}: {error}",
+            str(path),
+            "delete the file, or ask for the one before it (allow_previous=True, --allow-previous)",
+        ) from error
+
+
+def _checkpoint_files(directory: Path) -> list[tuple[int, Path]]:
+    matches = ((FILE_NAME.fullmatch(f.name), f) for f in directory.iterdir())
+    return sorted((int(m[1]), f) for m, f in matches if m)
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            sha.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    # A fixed temporary name: what a crash leaves behind is overwritten by the next attempt.
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch as library
+    except ImportError as error:
+        raise MissingDependencyError(
+            "safetensors", "not installed", "lmtfast.checkpoint", 'pip install "lmtfast[train]"'
+        ) from error
+    return library
