@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""The autograd nodes: each pairs a forward with its vector-Jacobian product, no mathematics."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lmtfast.backends.pair_norm import pair_norm_forward, pair_norm_vjp
+from lmtfast.engines.network import spectral_step, spectral_vjp
+
+
+class MarginCrossEntropy(torch.autograd.Function):
+    """Per-sample margin cross-entropy, differentiable once in logits, head weight and coefficient.
+
+    ``rows`` handed to the backend are the pair norms of the head's rows ``classes`` (None: all K),
+    times ``row_scale`` where given; without a head, ``row_scale`` alone. One node for both steps,
+    so that only the (U, K) rows are kept between forward and backward and the head's gradient is a
+    single product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # (N, K)
+        head_weight: Tensor | None,  # (K, D)
+        coefficient: Tensor,  # (N,)
+        target: Tensor,  # (N,)
+        classes: Tensor | None,  # (U,)
+        row_index: Tensor,  # (N,)
+        row_scale: Tensor | None,  # (U, K)
+        member: str,
+        backend: ModuleType,
+    ) -> Tensor:
+        norms = None
+        if head_weight is not None:
+            norms = pair_norm_forward(head_weight, classes).to(coefficient.dtype)
+        if norms is None or row_scale is None:
+            rows = row_scale if norms is None else norms
+            assert rows is not None, "a margin needs a head or row_scale"
+        else:
+            rows = norms * row_scale
+        logits, coefficient = logits.contiguous(), coefficient.contiguous()
+        loss, dlogits, scale = backend.margin_forward(
+            member, logits, target, row_index, rows, coefficient
+        )
+        ctx.member, ctx.backend = member, backend
+        ctx.save_for_backward(
+            logits, head_weight, coefficient, target, classes, row_index,
+            row_scale, norms, rows, dlogits, scale,
+        )  # fmt: skip
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (logits, head_weight, coefficient, target, classes, row_index,
+         row_scale, norms, rows, dlogits, scale) = ctx.saved_tensors  # fmt: skip
+        grad_logits, grad_rows, grad_coefficient = ctx.backend.margin_backward(
+            ctx.member, logits, target, row_index, rows, coefficient, scale, dlogits,
+            grad_loss.contiguous(),
+        )  # fmt: skip
+        grad_weight = None
+        if head_weight is not None and ctx.needs_input_grad[1]:
+            grad_norms = grad_rows if row_scale is None else grad_rows * row_scale
+            grad_weight = pair_norm_vjp(head_weight, classes, norms, grad_norms)
+        return grad_logits, grad_weight, grad_coefficient, None, None, None, None, None, None
+
+
+class SpectralNorms(torch.autograd.Function):
+    """Spectral norms of all operators of a plan: one node for the whole network.
+
+    The engines' steps run here; the iterates are replaced in one write, in forward only. Backward
+    is one weight gradient per operator from the saved vectors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Any, state: Any, update: bool, *tensors: Tensor) -> Tensor:
+        sigmas, saved = spectral_step(plan, state, tensors, update=update)
+        ctx.plan, ctx.counts = plan, [len(s) for s in saved]
+        ctx.save_for_backward(*tensors, *(t for s in saved for t in s))
+        return sigmas
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sigmas: Tensor) -> tuple[Tensor | None, ...]:
+        n = len(ctx.plan.slots)
+        tensors, flat = ctx.saved_tensors[:n], iter(ctx.saved_tensors[n:])
+        saved = [tuple(next(flat) for _ in range(count)) for count in ctx.counts]
+        wanted = ctx.needs_input_grad[3:]
+        return (None, None, None, *spectral_vjp(ctx.plan, tensors, saved, grad_sigmas, wanted))
