@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""Lipschitz bounds, Lipschitz-margin training and robustness certificates for PyTorch networks.
+
+Names load on first use (PEP 562), so importing the package imports neither torch nor anything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BoundPlan": "plan",
+    "Certificate": "certificate",
+    "LipschitzBound": "bound",
+    "NetworkBound": "estimation",
+    "available_backends": "backends",
+    "certified_bound": "guarantee",
+    "certify": "certification",
+    "conv_spectral_norm": "guarantee",
+    "load_certificate": "certificate",
+    "margin_cross_entropy": "losses",
+    "register_backend": "backends",
+    "register_rule": "rules.registry",
+    "spectral_norm": "guarantee",
+    "trace": "plan",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+if TYPE_CHECKING:
+    from lmtfast.backends import available_backends, register_backend
+    from lmtfast.bound import LipschitzBound
+    from lmtfast.certificate import Certificate, load_certificate
+    from lmtfast.certification import certify
+    from lmtfast.estimation import NetworkBound
+    from lmtfast.guarantee import certified_bound, conv_spectral_norm, spectral_norm
+    from lmtfast.losses import margin_cross_entropy
+    from lmtfast.plan import BoundPlan, trace
+    from lmtfast.rules.registry import register_rule

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Backends: which implementations there are, whether they can run here, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lmtfast.errors import ArgumentError, BackendUnavailableError
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend: its name, what it runs, and a probe that says whether it can run here and why."""
+
+    name: str
+    provides: str
+    probe: Callable[[], tuple[bool, str]]
+    module: str
+
+
+_REGISTRY: dict[str, BackendInfo] = {}
+
+
+def register_backend(
+    name: str, *, module: str, provides: str, probe: Callable[[], tuple[bool, str]]
+) -> None:
+    """Add a backend to the registry.
+
+    Args:
+        name: Name to ask for it by.
+        module: Importable module with ``matvec``, ``rmatvec`` and ``weight_vjp``, or with
+            ``margin_forward`` and ``margin_backward``; see :mod:`lmtfast.backends.reference`.
+        provides: One line: which operations it runs.
+        probe: Returns (usable here, reason). Called when asked, never at import.
+
+    Raises:
+        ArgumentError: The name is taken.
+
+    Guarantee:
+        None; every backend is held to the reference by the contract tests.
+
+    Example:
+        >>> import lmtfast as lf
+        >>> lf.register_backend("mine", module="mylib.kernels", provides="operator step",
+        ...                     probe=lambda: (False, "no device"))
+        >>> "mine" in lf.available_backends()
+        True
+    """
+    if name in _REGISTRY:
+        raise ArgumentError(
+            "a new name", repr(name), "register_backend(name)",
+            f"taken are {', '.join(_REGISTRY)}; choose another",
+        )  # fmt: skip
+    _REGISTRY[name] = BackendInfo(name, provides, probe, module)
+
+
+def available_backends() -> dict[str, str]:
+    """What there is and why not: backend name to ``"available: ..."`` or ``"unavailable: ..."``.
+
+    Guarantee:
+        None.
+
+    Example:
+        >>> import lmtfast as lf
+        >>> lf.available_backends()["reference"].split(":")[0]
+        'available'
+    """
+    report = {}
+    for info in _REGISTRY.values():
+        usable, reason = info.probe()
+        state = "available" if usable else "unavailable"
+        report[info.name] = f"{state}: {info.provides}" + (f" ({reason})" if reason else "")
+    return report
+
+
+def choose_backend(requested: str | None) -> str:
+    """Name of the backend that runs the power steps; a requested one never falls back."""
+    if requested is None:
+        return "reference"
+    info = _REGISTRY.get(requested)
+    if info is None:
+        raise ArgumentError(
+            f"one of {', '.join(_REGISTRY)}", repr(requested), "backend", "pick one of these"
+        )
+    usable, reason = info.probe()
+    module = importlib.import_module(info.module) if usable else None
+    if module is None or not hasattr(module, "matvec"):
+        why = reason if module is None else f"it runs {info.provides} only"
+        raise BackendUnavailableError(
+            "a backend that runs the power steps", f"{requested!r}: {why}", "backend",
+            "drop backend= to have one chosen, or ask for 'reference'",
+        )  # fmt: skip
+    return requested
+
+
+def _reference() -> tuple[bool, str]:
+    return True, ""
+
+
+def _native() -> tuple[bool, str]:
+    if importlib.util.find_spec("lmtfast._C") is None:
+        return False, "the compiled extension lmtfast._C is not built"
+    return importlib.import_module("lmtfast.backends.native").available()
+
+
+register_backend(
+    "reference", module="lmtfast.backends.reference", provides="everything, plain PyTorch",
+    probe=_reference,
+)  # fmt: skip
+register_backend(
+    "native", module="lmtfast.backends.native", provides="margin cross-entropy on the CPU",
+    probe=_native,
+)  # fmt: skip

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""The result type: a bound on a network's L2 Lipschitz constant with the level of its guarantee."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lmtfast.composing import SQRT2_UP
+from lmtfast.verified.rounding import frobenius_up, mul_up
+
+LEVELS = ("estimate", "probabilistic", "rigorous")
+Scalar: TypeAlias = "Tensor | float"
+
+
+@dataclass(frozen=True, eq=False)
+class LipschitzBound:
+    """A bound on the L2 Lipschitz constant of a network, per sample, in the model's input space.
+
+    Attributes:
+        total: Constant from input to logits. 0-dim tensor at ``estimate``, else float.
+        features: Constant from input to the head's input (equal to ``total`` without a Linear head).
+        per_operator: Spectral norm of every linear region, by qualified module name.
+        level: ``"estimate"`` (no claim), ``"probabilistic"`` or ``"rigorous"``.
+        delta: Probability that the bound is below the truth; 0 at ``rigorous``, 1 at ``estimate``.
+        slack: Largest relative excess of an operator's bound over its Lanczos estimate; NaN where
+            unknown, always at ``estimate``.
+        method: How the norms were obtained.
+        methods: The same per operator.
+        norm: ``"l2"``.
+        head_weight: Rows of the final Linear with all scales folded in, shape ``(K, D)``, or None.
+        classes: Number of logits ``K``, or None if the output is not one vector per sample.
+
+    Guarantee:
+        What ``level`` says: ``rigorous`` is at least the true constant of the exact real function of
+        the stored parameters, all rounding included; ``probabilistic`` is so except with probability
+        ``delta`` over the library's own draw; ``estimate`` may lie on either side.
+
+    Source:
+        Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, Prop. 1 and 2.
+
+    Example:
+        >>> import torch
+        >>> import lmtfast as lf
+        >>> bound = lf.certified_bound(torch.nn.Linear(3, 2), (3,))
+        >>> bound.level, tuple(bound.pairs.shape)
+        ('rigorous', (2, 2))
+    """
+
+    total: Scalar
+    features: Scalar
+    per_operator: Mapping[str, Scalar]
+    level: str
+    delta: float
+    slack: float
+    method: str
+    head_weight: Tensor | None = field(repr=False, default=None)
+    classes: int | None = None
+    methods: Mapping[str, str] = field(default_factory=dict, repr=False)
+    norm: str = "l2"
+
+    @property
+    def pairs(self) -> Tensor:
+        """Constants of the differences ``f_i - f_j``. Shape ``(K, K)``, zero diagonal; made on demand."""
+        if self.classes is None:
+            raise ValueError("the output is not one vector of logits per sample")
+        norms = self.pair_norms(torch.arange(self.classes))
+        scale = self.features if self.head_weight is not None else self.total
+        if self.level == "estimate":
+            return norms * scale
+        rows = [[mul_up(float(scale), float(n)) if n else 0.0 for n in row] for row in norms]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def pair_norms(self, classes: Tensor) -> Tensor:
+        """``||w_c - w_j||`` for the classes given; ``sqrt(2)`` off the diagonal without a head.
+
+        Shape ``(U, K)``. Rounded up from exact differences at every level but ``estimate``, where it is
+        differentiable in the head's weight.
+        """
+        if self.head_weight is None:
+            assert self.classes is not None
+            rival = torch.full((classes.numel(), self.classes), SQRT2_UP, dtype=torch.float64)
+            return rival.scatter_(1, classes[:, None], 0.0)
+        if self.level == "estimate":
+            weight = self.head_weight
+            return torch.cdist(
+                weight[classes], weight, compute_mode="donot_use_mm_for_euclid_dist"
+            )
+        return pair_norms_up(self.head_weight, classes)
+
+
+def pair_norms_up(weight: Tensor, classes: Tensor) -> Tensor:
+    """Upper bounds of ``||w_c - w_j||`` from float64 differences, never from the Gram. Shape ``(U, K)``."""
+    rows = torch.zeros(classes.numel(), weight.shape[0], dtype=torch.float64)
+    for i, c in enumerate(classes.tolist()):
+        # fl(a - b) = (a - b)(1 + d), |d| <= 2^-53, exact where it underflows; one factor covers the row.
+        difference = weight - weight[c]
+        for j in range(weight.shape[0]):
+            if j != c:
+                rows[i, j] = mul_up(frobenius_up(difference[j]), 1.0 + 2.0**-51)
+    return rows
+
+
+def relative_excess(upper: float, lower: float) -> float:
+    """How far an upper bound lies above an estimate from below, relatively; NaN if that says nothing."""
+    if upper == 0.0:
+        return 0.0
+    return upper / lower - 1.0 if lower > 0.0 and math.isfinite(upper) else math.nan

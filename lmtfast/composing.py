@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""Runs a bound's tape: over tensors for training, over floats with outward rounding for certificates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtfast.graph import Instruction
+from lmtfast.verified.rounding import add_up, hypot_up, mul_up
+
+
+def compose(tape: Sequence[Instruction], sigmas: Tensor) -> list[Tensor | float]:
+    """Value of every instruction; differentiable in ``sigmas``. Shape ``(R,)``."""
+    sigma = sigmas.unbind()
+
+    def hypot(a: Any, b: Any) -> Any:
+        # vector_norm has the subgradient 0 at the origin, where hypot would give NaN.
+        a, b = torch.as_tensor(a).to(sigmas), torch.as_tensor(b).to(sigmas)
+        return torch.linalg.vector_norm(torch.stack((a, b)))
+
+    def largest(a: Any, b: Any) -> Any:
+        return torch.maximum(torch.as_tensor(a).to(sigmas), torch.as_tensor(b).to(sigmas))
+
+    return _run(tape, sigma, lambda a, b: a * b, lambda a, b: a + b, hypot, largest)
+
+
+def compose_up(tape: Sequence[Instruction], sigmas: Sequence[float]) -> list[float]:
+    """Value of every instruction, rounded up at each one: upper bounds in, upper bounds out."""
+    return _run(tape, sigmas, mul_up, add_up, hypot_up, max)
+
+
+def _run(
+    tape: Sequence[Instruction],
+    sigma: Sequence[Any],
+    mul: Callable[[Any, Any], Any],
+    add: Callable[[Any, Any], Any],
+    hypot: Callable[[Any, Any], Any],
+    largest: Callable[[Any, Any], Any],
+) -> list[Any]:
+    binary = {"mul": mul, "add": add, "hypot": hypot, "max": largest}
+    values: list[Any] = []
+    for step in tape:
+        if step.op == "constant":
+            values.append(step.args[0])
+        elif step.op == "sigma":
+            values.append(sigma[step.args[0]])
+        else:
+            a, b = (values[i] for i in step.args)
+            values.append(binary[step.op](a, b))
+    return values
+
+
+def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """A tape value as a 0-dim tensor."""
+    return value if isinstance(value, Tensor) else like.new_full((), float(value))
+
+
+SQRT2_UP = math.nextafter(math.sqrt(2.0), math.inf)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""Engines: power iterations that estimate spectral norms, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+from lmtfast.engines.step import Engine, Saved, Step
+from lmtfast.errors import ArgumentError
+from lmtfast.graph import Conv, Region
+
+__all__ = ["ENGINES", "Engine", "Saved", "Step", "choose_engine", "get_engine"]
+
+ENGINES = ("operator", "symbol", "separable")
+
+# Until the thresholds are measured along real training runs (docs/adr/0009): the true operator where a
+# map is so small that it costs about one read of the weights, the symbol where its boundary error is
+# below one percent, the separable form between.
+OPERATOR_MAX_POSITIONS = 64
+SEPARABLE_MAX_POSITIONS = 400
+
+
+def get_engine(name: str) -> Engine:
+    """The engine called ``name``."""
+    if name not in ENGINES:
+        raise ArgumentError(
+            f"an engine, one of {', '.join(('auto', *ENGINES))}", repr(name), "engine",
+            "pick one of these",
+        )  # fmt: skip
+    module: Engine = importlib.import_module(f"lmtfast.engines.{name}")
+    return module
+
+
+def choose_engine(region: Region, requested: str) -> tuple[str, str]:
+    """Name of the engine that runs a region, and why.
+
+    Composites and matrices always run the true operator, which costs one read of their weights; a
+    requested engine that cannot run a convolution gives way to it too, with the reason in the plan.
+    """
+    op = region.primitive
+    if not isinstance(op, Conv):
+        return "operator", "not a convolution"
+    positions = math.prod(op.out_shape[1:])
+    if requested == "auto":
+        if positions <= OPERATOR_MAX_POSITIONS:
+            return "operator", f"{positions} positions"
+        requested = "separable" if positions <= SEPARABLE_MAX_POSITIONS else "symbol"
+    reason = get_engine(requested).refusal(region)
+    if reason is not None:
+        return "operator", f"{requested}: {reason}"
+    return requested, f"{positions} positions"

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""Engine ``operator``: power iteration on the true zero-padded, strided operator.
+
+The method of the LMT paper (Alg. 2): ``u = A v``, ``sigma = ||u||``, ``v <- A^T u / ||A^T u||``, on the
+layer's real height and width and with batch norm folded in. A lower estimate of the spectral norm.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lmtfast.backends import reference
+from lmtfast.engines.step import Saved, Step, length, unit
+from lmtfast.graph import Region, WeightRef
+from lmtfast.weights import Weights
+
+name = "operator"
+
+
+def refusal(region: Region) -> str | None:
+    """Why the engine cannot run the region, or None: it can run every region."""
+    return None
+
+
+def state_size(region: Region) -> int:
+    """Entries of the iterate ``v``: one input of the operator."""
+    return reference.entries(region)
+
+
+def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> Step:
+    """One power step. ``state`` is the packed iterate; returns sigma, the new iterate and ``(u, v)``."""
+    v = unit(state).reshape(reference.vector_shape(region))
+    image = reference.matvec(region, weights, v)
+    sigma = length(image)
+    u = unit(image)
+    new = unit(reference.rmatvec(region, weights, u)).reshape(-1) if update else state
+    return Step(sigma, new, (u, v))
+
+
+def vjp(region: Region, tensors: dict[WeightRef, Tensor], saved: Saved) -> dict[WeightRef, Tensor]:
+    """Gradient of sigma in the weights: ``u v^T`` seen through the operator."""
+    u, v = saved
+    return reference.weight_vjp(region, tensors, u, v)

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: MIT
+"""Lipschitz rules. Importing the package fills the registry; :mod:`lmtfast.tracing` consults it."""
+
+from lmtfast.rules import copying, elementwise, joining, linear, pooling
+from lmtfast.rules.registry import MODULE_RULES, OPERATION_RULES, TracedCall, register_rule
+
+__all__ = [
+    "MODULE_RULES",
+    "OPERATION_RULES",
+    "TracedCall",
+    "copying",
+    "elementwise",
+    "joining",
+    "linear",
+    "pooling",
+    "register_rule",
+]

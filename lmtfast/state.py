@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT
+"""The power iterates of a network: one packed buffer, a slice per operator. The only mutable numerics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+
+class PowerState(nn.Module):
+    """Iterates of all operators, saved and loaded like any module's buffers.
+
+    Args:
+        sizes: Number of entries per operator.
+        dtype: float32, or float64 for float64 weights.
+        device: Where the weights are.
+        seed: Seed of the Gaussian start.
+
+    Guarantee:
+        None. The iterates only ever produce estimates; certificates do not read them.
+    """
+
+    iterates: Tensor
+    steps: Tensor
+
+    def __init__(
+        self, sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.offsets = (0, *accumulate(self.sizes))
+        packed = torch.zeros(self.offsets[-1], dtype=dtype, device=device)
+        self.register_buffer("iterates", packed)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Start again from independent Gaussian vectors of unit length."""
+        generator = torch.Generator().manual_seed(seed)
+        parts = []
+        for size in self.sizes:
+            part = torch.randn(size, generator=generator, dtype=torch.float64)
+            parts.append(part / part.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        packed = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        if not self.iterates.is_meta:
+            self.iterates.copy_(packed)
+            self.steps.zero_()
+
+    def slice(self, index: int) -> Tensor:
+        """The iterate of one operator, a view. Shape ``(sizes[index],)``."""
+        return self.iterates[self.offsets[index] : self.offsets[index + 1]]
+
+    @torch.no_grad()
+    def advance(self, parts: Sequence[Tensor]) -> None:
+        """Replace all iterates in one write; a part that is not finite keeps the old one."""
+        if self.sizes:
+            packed = torch.cat([p.reshape(-1).to(self.iterates.dtype) for p in parts])
+            self.iterates.copy_(torch.where(packed.isfinite(), packed, self.iterates))
+        self.steps += 1

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""From weight references to tensors: parameters, folded batch-norm gains, parametrized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmtfast.errors import StalePlanError
+from lmtfast.graph import (
+    BatchNormScale,
+    ChannelScale,
+    ConstantRef,
+    Derived,
+    ParameterRef,
+    WeightRef,
+)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers (persistent or not) by qualified name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def operation(target: str) -> Any:
+    """The ATen overload called ``target``, for example ``aten.mul.Tensor``."""
+    namespace, name, overload = target.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+class Weights:
+    """Resolves references against one snapshot of a model's tensors; each is computed once.
+
+    Args:
+        tensors: Parameters and buffers by qualified name.
+        dtype: If given, every floating tensor is converted to it first (float64 when certifying).
+        batch_variance: Variances to use instead of running ones, by batch-norm module name.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        batch_variance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._tensors, self._dtype = tensors, dtype
+        self._batch_variance = batch_variance or {}
+        self._cache: dict[WeightRef, Tensor] = {}
+
+    def __getitem__(self, ref: WeightRef) -> Tensor:
+        if ref not in self._cache:
+            self._cache[ref] = self._resolve(ref)
+        return self._cache[ref]
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
+
+    def _resolve(self, ref: WeightRef) -> Tensor:
+        if isinstance(ref, ParameterRef):
+            if ref.name not in self._tensors:
+                raise StalePlanError(
+                    f"a parameter or buffer {ref.name!r}", "none", "the traced model",
+                    "trace the model again after changing its structure",
+                )  # fmt: skip
+            return self._cast(self._tensors[ref.name])
+        if isinstance(ref, ConstantRef):
+            return self._cast(constant_tensor(ref))
+        if isinstance(ref, BatchNormScale):
+            variance = self._batch_variance.get(ref.module)
+            variance = self[ref.variance] if variance is None else self._cast(variance)
+            if self._dtype is None and variance.dtype in (torch.float16, torch.bfloat16):
+                variance = variance.float()
+            root = torch.sqrt(variance + ref.eps)
+            return root.reciprocal() if ref.weight is None else self[ref.weight] / root
+        args = [self._argument(a) for a in ref.args]
+        kwargs = {k: self._argument(v) for k, v in ref.kwargs}
+        return operation(ref.target)(*args, **kwargs)
+
+    def _argument(self, arg: Any) -> Any:
+        if isinstance(arg, (ParameterRef, ConstantRef, BatchNormScale, Derived)):
+            return self[arg]
+        if isinstance(arg, tuple):
+            return [self._argument(a) for a in arg]
+        return arg
+
+    def channels(self, scale: ChannelScale) -> Tensor:
+        """The factor per channel. Shape ``(C,)``, or ``(1,)`` for one factor on all of them."""
+        value = self[scale.ref].reshape(-1)
+        if not value.is_floating_point():
+            value = value.to(self._dtype or torch.get_default_dtype())
+        return value.reciprocal() if scale.inverse else value
+
+
+def constant_tensor(ref: ConstantRef) -> Tensor:
+    """The tensor a :class:`ConstantRef` holds."""
+    dtype = getattr(torch, ref.dtype)
+    if not ref.data:
+        return torch.empty(ref.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(ref.data), dtype=dtype).reshape(ref.shape)
+
+
+def constant_ref(tensor: Tensor) -> ConstantRef:
+    """Freeze a tensor into a :class:`ConstantRef`."""
+    flat = tensor.detach().cpu().contiguous()
+    data = bytes(flat.reshape(-1).view(torch.uint8).numpy()) if flat.numel() else b""
+    return ConstantRef(tuple(flat.shape), str(flat.dtype).removeprefix("torch."), data)
