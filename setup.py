@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builds lmtfast._C with CMake and installs kernels/ as lmtfast.kernels. Metadata is in pyproject.toml."""
+"""Builds lmtfast._C with CMake, installs kernels/ as lmtfast.kernels. Metadata: pyproject.toml."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class CMakeBuild(build_ext):
 
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
         if cmake is None:
-            raise RuntimeError("expected cmake >= 3.22; got none; at PATH.\n  Do this: pip install cmake")
+            raise RuntimeError(
+                "expected cmake >= 3.22; got none; at PATH.\n  Do this: pip install cmake"
+            )
         ninja = find_tool("ninja", "BIN_DIR")
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
-        # A configured tree remembers its tools; in an isolated build they have moved by the next time.
+        # A configured tree remembers its tools; those of an isolated build are gone the next time.
         shutil.rmtree(build, ignore_errors=True)
         configure = [
             cmake,

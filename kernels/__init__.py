@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Triton kernels, installed as ``lmtfast.kernels``; one operation per file.
 
-Importing this package needs neither Triton nor torch. Ask ``unavailable_reason()`` before importing a kernel file.
+Importing this package needs neither Triton nor torch. Ask ``unavailable_reason()`` before importing
+a kernel file.
 """
 
 from __future__ import annotations

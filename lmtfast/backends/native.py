@@ -15,7 +15,7 @@ _unavailable = ""
 try:
     from lmtfast import _C
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _C = None
     _unavailable = f"the compiled core cannot be loaded: {error}"
 else:
     if _C.ABI_VERSION != 1:
@@ -77,7 +77,7 @@ def margin_forward(
         0.6931
     """
     problem, kept = _problem(member, logits, target, row_index, rows, coefficient)
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    dlogits = torch.empty_like(kept[0], memory_format=torch.contiguous_format)
     loss, scale = torch.empty_like(kept[-1]), torch.empty_like(kept[-1])
     _call(problem.forward, loss, dlogits, scale)
     return loss, dlogits, scale
@@ -94,19 +94,19 @@ def margin_backward(
     dlogits: Tensor,  # (N, K)
     grad_loss: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``sum(grad_loss * loss)``: by logits ``(N, K)``, rows ``(U, K)``, coefficient ``(N,)``.
+    """Gradients of ``sum(grad_loss * loss)`` by logits, rows and coefficient, shaped like them.
 
     Takes the arguments of :func:`margin_forward`, its scale and dlogits, and ``grad_loss`` of shape
     ``(N,)``. The factors that scale the additions are constants of the gradient, as in the sources.
     Same errors and the same guarantee as :func:`margin_forward`.
     """
     problem, kept = _problem(member, logits, target, row_index, rows, coefficient)
-    _check(dlogits, "dlogits", tuple(logits.shape), logits.dtype)
-    _check(scale, "scale", tuple(target.shape), logits.dtype)
-    _check(grad_loss, "grad_loss", tuple(target.shape), logits.dtype)
+    _check(dlogits, "dlogits", logits.shape, logits.dtype)
+    _check(scale, "scale", target.shape, logits.dtype)
+    _check(grad_loss, "grad_loss", target.shape, logits.dtype)
     dlogits, scale, grad_loss = dlogits.contiguous(), scale.contiguous(), grad_loss.contiguous()
     grad_logits = torch.empty_like(dlogits)
-    grad_rows = torch.empty(rows.shape, dtype=rows.dtype)
+    grad_rows = torch.empty_like(kept[3], memory_format=torch.contiguous_format)
     grad_coefficient = torch.empty_like(kept[-1])
     _call(problem.backward, grad_loss, dlogits, scale, grad_logits, grad_rows, grad_coefficient)
     return grad_logits, grad_rows, grad_coefficient
@@ -156,19 +156,20 @@ def _problem(
         u,
         *strides,
         torch.get_num_threads(),
-        *(tensor.data_ptr() for tensor in kept),
+        *[tensor.data_ptr() for tensor in kept],
     )
     return problem, kept
 
 
 def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.is_cpu and tensor.dtype is dtype and tensor.shape == shape:
+        return
     if tensor.dtype != dtype:
         raise DtypeError(str(dtype), str(tensor.dtype), name, "cast it")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ShapeError(f"shape {shape}", str(tuple(tensor.shape)), name, "reshape or slice it")
-    if tensor.device.type != "cpu":
-        remedy = "move it to the CPU, or drop backend='native'"
-        raise BackendUnavailableError("a CPU tensor", str(tensor.device), name, remedy)
+    remedy = "move it to the CPU, or drop backend='native'"
+    raise BackendUnavailableError("a CPU tensor", str(tensor.device), name, remedy)
 
 
 def _with_unit_columns(matrix: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ def _with_unit_columns(matrix: Tensor) -> Tensor:
 
 def _call(function: Any, *tensors: Tensor) -> None:
     try:
-        function(*(tensor.data_ptr() for tensor in tensors))
+        function(*[tensor.data_ptr() for tensor in tensors])
     except ValueError as error:
         remedy = "check target and row_index"
         where = "native margin cross-entropy"
