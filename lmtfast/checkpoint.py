@@ -219,6 +219,12 @@ def has_checkpoint(directory: str | Path) -> bool:
     return Path(directory).is_dir() and bool(_checkpoint_files(Path(directory)))
 
 
+def remove_checkpoints(directory: str | Path) -> None:
+    """Delete every checkpoint of a directory, and nothing else in it."""
+    for _, path in _checkpoint_files(Path(directory)) if Path(directory).is_dir() else ():
+        path.unlink()
+
+
 def check_resumable(checkpoint: Checkpoint, config: TrainConfig, *, digest: str) -> None:
     """Refuse to continue a run under another configuration or on other data.
 

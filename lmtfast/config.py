@@ -10,11 +10,13 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lmtfast.errors import ConfigError
+from lmtfast.losses import MEMBERS, ConstantSchedule, LinearSchedule, LogSchedule, Schedule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,10 +26,14 @@ else:
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "method": ("plain", "lmt"),
     "optimizer": ("adam", "sgd"),
-    "eps_schedule": ("constant", "linear"),
+    "eps_schedule": ("constant", "linear", "log"),
+    "scaling": tuple(MEMBERS),
     "engine": ("auto", "operator", "symbol", "separable"),
     "batch_norm": ("running", "batch"),
 }
+NOT_NEGATIVE = (
+    "eps", "eps_start", "eps_ramp_epochs", "trades_weight", "weight_decay", "momentum", "seed",
+)  # fmt: skip
 # Where the run happens and where its data lie do not change what is computed, so they stay out of
 # the fingerprint.
 OUTSIDE_FINGERPRINT = frozenset({"data", "device", "log_every"})
@@ -66,11 +72,12 @@ class TrainConfig:
         weight_decay: L2 penalty on every parameter, as the optimiser defines it.
         eps: L2 radius the margin loss asks for, in input units (c in the paper). Not used by
             ``"plain"``.
-        eps_schedule: ``"constant"``, or ``"linear"`` from ``eps_start`` to ``eps`` over
-            ``eps_ramp_epochs``.
-        eps_start: First radius of the linear schedule.
-        eps_ramp_epochs: Length of the linear schedule; afterwards the radius is exactly ``eps``.
-        scaling: Member of the loss family, passed to :func:`lmtfast.margin_cross_entropy`.
+        eps_schedule: ``"constant"``, or ``"linear"`` or ``"log"`` from ``eps_start`` to ``eps``
+            over ``eps_ramp_epochs``.
+        eps_start: First radius of a schedule that is not constant.
+        eps_ramp_epochs: Length of that schedule; afterwards the radius is exactly ``eps``.
+        scaling: Member of the loss family, as in :func:`lmtfast.margin_cross_entropy`.
+        trades_weight: Weight of the divergence with ``scaling = "trades"``.
         engine: Engine of :class:`lmtfast.NetworkBound`.
         batch_norm: Which statistics the bound folds while training.
         device: Where to train, for example ``"cpu"`` or ``"cuda:0"``.
@@ -111,6 +118,7 @@ class TrainConfig:
     eps_start: float = 0.0
     eps_ramp_epochs: float = 0.0
     scaling: str = "lmt++"
+    trades_weight: float = 1.0
     engine: str = "operator"
     batch_norm: str = "running"
     device: str = "cpu"
@@ -135,17 +143,21 @@ class TrainConfig:
             None.
 
         Source:
-            The author's schedule freezes the radius at its last interpolated value; here it ends at
-            ``eps`` exactly.
+            :mod:`lmtfast.losses.schedule`.
 
         Example:
             >>> TrainConfig(eps=0.01, eps_schedule="linear", eps_start=1e-5,
             eps_ramp_epochs=5).eps_at(2.5) 0.005005
         """
-        if self.eps_schedule == "constant" or epoch >= self.eps_ramp_epochs:
-            return self.eps
-        done = epoch / self.eps_ramp_epochs
-        return self.eps * done + self.eps_start * (1.0 - done)
+        return self._schedule(epoch)
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        if self.eps_schedule == "linear":
+            return LinearSchedule(self.eps_start, self.eps, self.eps_ramp_epochs)
+        if self.eps_schedule == "log":
+            return LogSchedule(self.eps_start, self.eps, self.eps_ramp_epochs)
+        return ConstantSchedule(self.eps)
 
     def lr_at(self, epoch: int) -> float:
         """Learning rate in an epoch counted from 0."""
@@ -309,15 +321,13 @@ def _check_values(config: TrainConfig) -> None:
     for name in ("lr", "lr_factor"):
         if getattr(config, name) <= 0.0:
             raise _wrong(name, "above 0", getattr(config, name))
-    for name in ("eps", "eps_start", "eps_ramp_epochs", "weight_decay", "momentum", "seed"):
+    for name in NOT_NEGATIVE:
         if getattr(config, name) < 0:
             raise _wrong(name, "at least 0", getattr(config, name))
     if config.momentum >= 1.0:
         raise _wrong("momentum", "below 1", config.momentum)
-    if config.eps_schedule == "linear" and config.eps_ramp_epochs == 0.0:
-        raise _wrong(
-            "eps_ramp_epochs", "above 0 for eps_schedule = 'linear'", config.eps_ramp_epochs
-        )
+    if config.eps_schedule != "constant" and config.eps_ramp_epochs == 0.0:
+        raise _wrong("eps_ramp_epochs", "above 0 with this eps_schedule", config.eps_ramp_epochs)
     if len(config.input_range) != 2 or not config.input_range[0] < config.input_range[1]:
         raise _wrong(
             "input_range", "two numbers [low, high] with low < high", list(config.input_range)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
-from lmtfast.config import TrainConfig, parse_config
+from lmtfast.config import TrainConfig, from_mapping, parse_config
 from lmtfast.errors import ConfigError
 
 
@@ -20,11 +21,15 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(f.name[: -len(".toml")] for f in files if f.name.endswith(".toml")))
 
 
-def load_recipe(name: str) -> TrainConfig:
+def load_recipe(name: str, **changes: Any) -> TrainConfig:
     """Read a shipped recipe by name.
 
+    Args:
+        name: One of :func:`recipe_names`.
+        changes: Fields to set to other values.
+
     Raises:
-        ConfigError: No such recipe; the message lists the names.
+        ConfigError: No such recipe (the message lists the names), or an illegal change.
 
     Example:
         >>> load_recipe("mnist-lmt").eps
@@ -38,4 +43,5 @@ def load_recipe(name: str) -> TrainConfig:
             "choose one of these, or write a TOML file of your own (lmtfast train --config FILE)",
         )
     text = resources.files(__name__).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return parse_config(text, where=f"recipe {name}")
+    config = parse_config(text, where=f"recipe {name}")
+    return from_mapping(config.to_dict() | changes, where=f"recipe {name}")
