@@ -12,6 +12,22 @@ from torch.autograd.function import once_differentiable
 
 from lmtfast.backends.pair_norm import pair_norm_forward, pair_norm_vjp
 from lmtfast.engines.network import spectral_step, spectral_vjp
+from lmtfast.errors import ArgumentError
+
+
+def refuse_second_order(node: str) -> None:
+    """Raise when backward runs with ``create_graph=True``.
+
+    ``once_differentiable`` objects only to an incoming gradient that requires grad; for a plain
+    scalar loss it would hand out first gradients that silently are constants.
+    """
+    if torch.is_grad_enabled():
+        raise ArgumentError(
+            "a first-order gradient",
+            "create_graph=True",
+            f"the backward of {node}",
+            "drop create_graph; this node has no second derivative.",
+        )
 
 
 class MarginCrossEntropy(torch.autograd.Function):
@@ -56,8 +72,8 @@ class MarginCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("MarginCrossEntropy")
         (logits, head_weight, coefficient, target, classes, row_index,
          row_scale, norms, rows, dlogits, scale) = ctx.saved_tensors  # fmt: skip
         grad_logits, grad_rows, grad_coefficient = ctx.backend.margin_backward(
