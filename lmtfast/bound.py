@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmtfast.composing import SQRT2_UP
-from lmtfast.verified.rounding import frobenius_up, mul_up
+from lmtfast.verified.rounding import mul_up, prescale, times_power_of_two
 
 LEVELS = ("estimate", "probabilistic", "rigorous")
 Scalar: TypeAlias = "Tensor | float"
@@ -32,6 +32,8 @@ class LipschitzBound:
             unknown, always at ``estimate``.
         method: How the norms were obtained.
         methods: The same per operator.
+        head_row_error: Bound on the rounding in each row of ``head_weight``, shape ``(K,)``, or None if
+            it is exact.
         norm: ``"l2"``.
         head_weight: Rows of the final Linear with all scales folded in, shape ``(K, D)``, or None.
         classes: Number of logits ``K``, or None if the output is not one vector per sample.
@@ -62,6 +64,7 @@ class LipschitzBound:
     head_weight: Tensor | None = field(repr=False, default=None)
     classes: int | None = None
     methods: Mapping[str, str] = field(default_factory=dict, repr=False)
+    head_row_error: Tensor | None = field(repr=False, default=None)
     norm: str = "l2"
 
     @property
@@ -91,19 +94,32 @@ class LipschitzBound:
             return torch.cdist(
                 weight[classes], weight, compute_mode="donot_use_mm_for_euclid_dist"
             )
-        return pair_norms_up(self.head_weight, classes)
+        return pair_norms_up(self.head_weight, classes, self.head_row_error)
 
 
-def pair_norms_up(weight: Tensor, classes: Tensor) -> Tensor:
-    """Upper bounds of ``||w_c - w_j||`` from float64 differences, never from the Gram. Shape ``(U, K)``."""
-    rows = torch.zeros(classes.numel(), weight.shape[0], dtype=torch.float64)
+def pair_norms_up(weight: Tensor, classes: Tensor, row_error: Tensor | None = None) -> Tensor:
+    """Upper bounds of ``||w_c - w_j||`` from float64 differences, never from the Gram. Shape ``(U, K)``.
+
+    ``row_error`` bounds the length of what rounding did to each row of ``weight``, shape ``(K,)``.
+    """
+    features = weight.shape[1]
+    norms = torch.zeros(classes.numel(), weight.shape[0], dtype=torch.float64)
+    # fl(a - b) = (a - b)(1 + d); D squares and sums and a root: at most D + 8 roundings of 2^-53 each,
+    # doubled to cover the inflation's own.
+    growth = 1.0 + (features + 8) * 2.0**-52
     for i, c in enumerate(classes.tolist()):
-        # fl(a - b) = (a - b)(1 + d), |d| <= 2^-53, exact where it underflows; one factor covers the row.
         difference = weight - weight[c]
-        for j in range(weight.shape[0]):
-            if j != c:
-                rows[i, j] = mul_up(frobenius_up(difference[j]), 1.0 + 2.0**-51)
-    return rows
+        scaled, exponent = prescale(difference)
+        length = scaled.square().sum(1).sqrt() * growth
+        # Squares below the normal range: each is lost by less than 2^-1022, their root by 2^-480.
+        length = torch.where((difference != 0).any(1), length + features * 2.0**-480, length)
+        length = times_power_of_two(length, exponent)
+        if row_error is not None:
+            length = (length + row_error + row_error[c]) * (1.0 + 2.0**-51)
+        norms[i] = torch.nextafter(length, torch.full_like(length, math.inf))
+        norms[i][length == 0] = 0.0
+        norms[i, c] = 0.0
+    return norms
 
 
 def relative_excess(upper: float, lower: float) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lmtfast.autograd import SpectralNorms
 from lmtfast.backends import choose_backend
+from lmtfast.backends.reference import effective_weight
 from lmtfast.bound import LipschitzBound
 from lmtfast.composing import as_scalar, compose
 from lmtfast.engines import get_engine
@@ -179,8 +180,6 @@ class NetworkBound(nn.Module):
 
 def head_matrix(plan: BoundPlan, weights: Weights) -> Tensor:
     """The head's rows with all scales folded in. Shape ``(K, D)``."""
-    from lmtfast.backends.reference import effective_weight
-
     assert plan.graph.head is not None
     region = plan.operators[plan.graph.head]
     assert isinstance(region, Region) and isinstance(region.primitive, Linear)

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: MIT
+"""Bounds that claim something: rigorous or probabilistic, for networks and for single operators."""
+
+from __future__ import annotations
+
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lmtfast.backends.reference import effective_weight, region_apply
+from lmtfast.bound import LEVELS, LipschitzBound
+from lmtfast.composing import compose_up
+from lmtfast.errors import (
+    ArgumentError, NonFiniteError, NotCertifiedError, ShapeError, TrainModeError, UnsupportedLayerError,
+)  # fmt: skip
+from lmtfast.estimation import NetworkBound, class_count, head_matrix
+from lmtfast.graph import Linear, Operator, Region
+from lmtfast.plan import BoundPlan, make_plan
+from lmtfast.tracing import trace_model
+from lmtfast.verified.arithmetic import ensure_arithmetic
+from lmtfast.verified.matrix import NormEnclosure, enclosure
+from lmtfast.verified.moment import moment_norm_upper
+from lmtfast.verified.region import (
+    METHODS, absolute, lanczos_norm, operator_norm_upper, weight_roundings,
+)  # fmt: skip
+from lmtfast.verified.rounding import gamma_up, next_up
+from lmtfast.weights import Weights, named_tensors
+
+DELTA = 2.0**-100
+CONVERGED = 200
+
+
+def check_level(level: str, method: str = "auto") -> None:
+    """Refuse a level or method that does not exist."""
+    if level not in LEVELS:
+        raise ArgumentError(f"a level, one of {', '.join(LEVELS)}", repr(level), "level", "pick one")
+    if method not in METHODS:
+        raise ArgumentError(f"a method, one of {', '.join(METHODS)}", repr(method), "method", "pick one")
+
+
+def check_certifiable(model: nn.Module) -> None:
+    """Refuse a model in training mode, on the meta device, or with values that are not finite."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise TrainModeError(
+                "a model in eval mode", "training mode", repr(name or type(module).__name__),
+                "call model.eval(): dropout and batch norm mean another function while training",
+            )  # fmt: skip
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise NotCertifiedError(
+                "weights with values", "a tensor on the meta device", repr(name),
+                "materialise the model before bounding it",
+            )  # fmt: skip
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NonFiniteError(
+                "finite weights and buffers", "NaN or infinity", repr(name),
+                "find where training diverged; no bound exists for this model",
+            )  # fmt: skip
+
+
+def certified_bound(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    level: str = "rigorous",
+    delta: float = DELTA,
+    method: str = "auto",
+) -> LipschitzBound:
+    """Bound a network's L2 Lipschitz constant with a guarantee.
+
+    The model is traced afresh at every call, so nothing stale can enter; power iterates are never read.
+
+    Args:
+        model: Module in eval mode that :func:`lmtfast.trace` accepts; any floating dtype, any device.
+        input_shape: Shape of one input, without the batch dimension.
+        level: ``"rigorous"``, ``"probabilistic"``, or ``"estimate"`` (a converged estimate).
+        delta: Probability, over the library's own draw, that a probabilistic bound is too small.
+        method: ``"auto"``; ``"dense"`` or ``"torus"`` insist on one proof for every operator.
+
+    Returns:
+        The bound; floats, and ``head_weight`` in float64.
+
+    Raises:
+        TrainModeError: A module is in training mode.
+        NonFiniteError: A weight or buffer holds NaN or infinity.
+        UnsupportedLayerError: A part has no Lipschitz rule.
+        NotCertifiedError: The machine's arithmetic is not IEEE 754, or weights are too extreme.
+        ArgumentError: Unknown level or method, or a method that does not fit an operator.
+
+    Guarantee:
+        As ``level`` says, for the exact real function of the stored parameters in inference form.
+        Weights derived by parametrizations are taken as float64 computes them.
+
+    Source:
+        Verified norms: Rump, BIT 51 (2011) 367-384. Composition: Tsuzuku, Sato, Sugiyama (2018),
+        arXiv:1802.04034, section 5. Probabilistic: the moment bound in :mod:`lmtfast.verified.moment`.
+
+    Example:
+        >>> import torch
+        >>> import lmtfast as lf
+        >>> layer = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        >>> bound = lf.certified_bound(layer.eval(), (2,))
+        >>> 4.0 <= bound.total < 4.0 * (1 + 1e-9)
+        True
+    """
+    check_level(level, method)
+    check_certifiable(model)
+    if level == "estimate":
+        return NetworkBound(model, input_shape).converge(CONVERGED)
+    graph = trace_model(model, input_shape).graph
+    plan = make_plan(model, graph, engine="operator", backend="reference")
+    return plan_bound(plan, model, level=level, delta=delta, method=method)
+
+
+def plan_bound(
+    plan: BoundPlan, model: nn.Module, *, level: str, delta: float = DELTA, method: str = "auto"
+) -> LipschitzBound:
+    """The guaranteed bound of a model whose plan is fresh."""
+    plan.check_fresh(model)
+    ensure_arithmetic(torch.device("cpu"))
+    tensors = {n: t.detach().cpu() for n, t in named_tensors(model).items()}
+    weights = Weights(tensors, dtype=torch.float64)
+    if level == "probabilistic" and not 0.0 < delta < 1.0:
+        raise ArgumentError("a probability in (0, 1)", repr(delta), "delta", "use the default 2**-100")
+    with torch.no_grad():
+        share = delta / max(1, len(plan.operators))
+        norms = [_norm(o, weights, level, share, method) for o in plan.operators]
+        values = compose_up(plan.graph.tape, [n.upper for n in norms])
+        head_weight, head_error = _head(plan, weights)
+    names = [o.name for o in plan.operators]
+    slacks = [n.slack for n in norms if n.upper > 0.0]
+    methods = dict(zip(names, (n.method for n in norms), strict=True))
+    return LipschitzBound(
+        total=values[plan.graph.total],
+        features=values[plan.graph.features],
+        per_operator=dict(zip(names, (n.upper for n in norms), strict=True)),
+        level=level, delta=delta if level == "probabilistic" else 0.0,
+        slack=max(slacks, default=0.0), method=", ".join(sorted(set(methods.values()))),
+        methods=methods, head_weight=head_weight, head_row_error=head_error,
+        classes=class_count(plan),
+    )  # fmt: skip
+
+
+def _norm(
+    operator: Operator, weights: Weights, level: str, delta: float, method: str
+) -> NormEnclosure:
+    closed = not isinstance(operator, Region) or operator.kind in ("scale", "linear")
+    if level == "rigorous" or closed:
+        return operator_norm_upper(operator, weights, method=method)
+    assert isinstance(operator, Region)
+    region = operator
+
+    def apply(x: Tensor) -> Tensor:
+        return region_apply(region, weights, x)
+
+    def adjoint(u: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = u.new_zeros((u.shape[0], *region.in_shape)).requires_grad_()
+            (result,) = torch.autograd.grad(apply(x), x, u)
+        return result
+
+    upper = moment_norm_upper(apply, adjoint, region.in_shape, delta=delta)
+    return enclosure(upper, lanczos_norm(region, weights), "moment")
+
+
+def _head(plan: BoundPlan, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+    """The head's rows and what folding scales into them may have rounded."""
+    if plan.graph.head is None:
+        return None, None
+    matrix = head_matrix(plan, weights)
+    region = plan.operators[plan.graph.head]
+    assert isinstance(region, Region) and isinstance(region.primitive, Linear)
+    count = weight_roundings(region.primitive)
+    if count == 0:
+        return matrix, None
+    positive, sizes = absolute(region, weights)
+    assert isinstance(positive.primitive, Linear)
+    majorant = effective_weight(positive.primitive, sizes)
+    error = gamma_up(2 * count + matrix.shape[1]) * majorant.square().sum(1).sqrt() * (1 + 2.0**-20)
+    return matrix, error.clamp_min(next_up(0.0))
+
+
+def spectral_norm(
+    module: nn.Module, input_shape: Sequence[int], *, level: str = "rigorous", delta: float = DELTA
+) -> LipschitzBound:
+    """Spectral norm of a module that is one linear map: a layer, or layers with their batch norms.
+
+    Args:
+        module: Linear in its input up to a constant (biases do not matter), in eval mode.
+        input_shape: Shape of one input, without the batch dimension.
+        level: ``"rigorous"``, ``"probabilistic"`` or ``"estimate"`` (differentiable in the weights).
+        delta: Failure probability at ``"probabilistic"``.
+
+    Returns:
+        The bound; ``total`` is the norm.
+
+    Raises:
+        UnsupportedLayerError: The module is not one linear map, or has a part without a rule.
+        TrainModeError, NonFiniteError, NotCertifiedError, ArgumentError: As :func:`certified_bound`.
+
+    Guarantee:
+        As ``level`` says.
+
+    Source:
+        Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, Thm. 1 (operator norm of a convolution).
+
+    Example:
+        >>> import torch
+        >>> import lmtfast as lf
+        >>> norm = lf.spectral_norm(torch.nn.Conv2d(1, 1, 3, padding=1).eval(), (1, 8, 8))
+        >>> norm.level
+        'rigorous'
+    """
+    check_level(level)
+    check_certifiable(module)
+    graph = trace_model(module, input_shape).graph
+    plan = make_plan(module, graph, engine="operator", backend="reference")
+    linear = all(s.op in ("constant", "sigma", "mul") for s in graph.tape)
+    if not linear or len(graph.operators) > 1 or not all(isinstance(o, Region) for o in graph.operators):
+        raise UnsupportedLayerError(
+            "a module that is one linear map", f"{len(graph.operators)} operators in a nonlinear graph",
+            type(module).__name__, "use certified_bound for networks",
+        )  # fmt: skip
+    if level != "estimate":
+        return plan_bound(plan, module, level=level, delta=delta)
+    estimate = NetworkBound(module, input_shape, engine="operator")
+    estimate.converge(CONVERGED)
+    return estimate(update=False)
+
+
+class _Convolution(nn.Module):
+    """A convolution without bias around a given weight."""
+
+    def __init__(self, weight: Tensor, options: dict[str, object], mode: str, transposed: bool) -> None:
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else _plain_parameter(weight)
+        self.options, self.mode, self.transposed = options, mode, transposed
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = self.weight.ndim - 2
+        options = dict(self.options)
+        if self.transposed:
+            functions = (nn.functional.conv_transpose1d, nn.functional.conv_transpose2d,
+                         nn.functional.conv_transpose3d)  # fmt: skip
+            return functions[axes - 1](x, self.weight, None, **options)  # type: ignore[operator]
+        if self.mode != "zeros":
+            low_high = [p for n in reversed(options.pop("padding")) for p in (n, n)]  # type: ignore[call-overload]
+            x = nn.functional.pad(x, low_high, mode=self.mode)
+        functions = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+        return functions[axes - 1](x, self.weight, None, **options)  # type: ignore[operator]
+
+
+def _plain_parameter(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def conv_spectral_norm(
+    weight: Tensor,
+    input_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    transposed: bool = False,
+    level: str = "rigorous",
+) -> LipschitzBound:
+    """Spectral norm of a convolution on inputs of a given size, boundary included.
+
+    Unlike the norm of the reshaped kernel, this is the norm of the map itself.
+
+    Args:
+        weight: ``(C_out, C_in / groups, k...)``, or ``(C_in, C_out / groups, k...)`` if transposed;
+            one to three kernel axes.
+        input_shape: ``(C_in, n...)``, without the batch dimension.
+        stride, padding, dilation: One number or one per axis.
+        groups: As in ``torch.nn.Conv2d``.
+        padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``.
+        transposed: Whether it is a transposed convolution (zero padding only).
+        level: As in :func:`spectral_norm`. At ``"estimate"``, ``total`` is differentiable in ``weight``
+            when that is an ``nn.Parameter``.
+
+    Returns:
+        The bound; ``total`` is the norm.
+
+    Raises:
+        ShapeError: ``weight`` is not a kernel of one to three axes.
+        ArgumentError: Unknown ``padding_mode`` or ``level``.
+        UnsupportedLayerError: The geometry is impossible.
+        NonFiniteError: The weight holds NaN or infinity.
+
+    Guarantee:
+        As ``level`` says.
+
+    Source:
+        Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, Thm. 1 and 2.
+
+    Example:
+        >>> import torch
+        >>> import lmtfast as lf
+        >>> ones = torch.ones(1, 1, 3, 3)
+        >>> norm = lf.conv_spectral_norm(ones, (1, 4, 4), stride=2, padding=1).total
+        >>> 3.618 < norm < 3.619
+        True
+    """
+    if weight.ndim not in (3, 4, 5):
+        raise ShapeError(
+            "a kernel with one to three spatial axes", str(tuple(weight.shape)),
+            "conv_spectral_norm(weight)", "pass the weight of a Conv1d, Conv2d or Conv3d",
+        )  # fmt: skip
+    modes = ("zeros",) if transposed else ("zeros", "circular", "reflect", "replicate")
+    if padding_mode not in modes:
+        raise ArgumentError(
+            f"one of {', '.join(modes)}", repr(padding_mode), "padding_mode", "pick one of these"
+        )
+    axes = weight.ndim - 2
+
+    def per_axis(item: int | Sequence[int]) -> list[int]:
+        return [item] * axes if isinstance(item, int) else [int(i) for i in item]
+
+    options: dict[str, object] = {
+        "stride": per_axis(stride), "padding": per_axis(padding), "dilation": per_axis(dilation),
+        "groups": groups,
+    }  # fmt: skip
+    return spectral_norm(_Convolution(weight, options, padding_mode, transposed), input_shape, level=level)
+
+
