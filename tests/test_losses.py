@@ -178,7 +178,8 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // 4)
+                stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.largest = max(self.largest, stored)
         return result
 
 
