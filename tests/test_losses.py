@@ -268,6 +268,8 @@ def call(logits=None, target=TARGET, head=HEAD, **kwargs):
         ({"logits": torch.ones(4, 3, dtype=torch.int64)}, DtypeError, "floating-point"),
         ({"logits": torch.ones(4)}, ShapeError, r"\(N, K\)"),
         ({"logits": torch.ones(4, 0)}, ShapeError, "K >= 1"),
+        ({"logits": torch.ones(4, 3, device="meta")}, ArgumentError, "on meta.*target="),
+        ({"eps": torch.ones(4, device="meta")}, ArgumentError, "move it once"),
         ({"backend": "cuda"}, ArgumentError, "'native' or 'reference'"),
         (
             {"backend": "native", "logits": torch.ones(4, 3).half()},

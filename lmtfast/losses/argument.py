@@ -69,6 +69,14 @@ def checked_shapes(
             f"{_WHERE}(bound=)",
             "pass the bound of the network that computed these logits.",
         )
+    for name, tensor in (("target", target), ("bound", head_weight)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ArgumentError(
+                f"everything on {logits.device}, the device of the logits",
+                f"a tensor on {tensor.device}",
+                f"{_WHERE}({name}=)",
+                "move the model and its batch to one device.",
+            )
     if isinstance(eps, Tensor):
         _check_eps_tensor(eps, logits)
     if reduction not in REDUCTIONS:
