@@ -82,12 +82,12 @@ def margin_cross_entropy(
         ShapeError: Shapes disagree, or the mean of an empty batch is asked.
         DtypeError: ``target`` is not int64, or ``logits`` are not floating point.
         ArgumentError: Unknown ``scaling``, ``reduction`` or ``backend``; a negative or non-finite
-            ``eps``; a target out of range.
+            ``eps``; a target out of range; tensors on different devices.
         BackendUnavailableError: The requested backend cannot run on these tensors.
 
     Guarantee:
         None: this is a training objective. Ask :func:`lmtfast.certify` for statements about
-            robustness.
+        robustness.
 
     Source:
         ``lmtfast.losses.MEMBERS[scaling].source``. First-order gradients only, to ``logits`` and to
