@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Independent oracles: exact rational norms, dense convolution matrices, float64 references.
 
-Imports nothing from the library. Exact judgements are in Python integers: every float is a rational, so is every
-entry of a convolution matrix built from floats.
+Imports nothing from the library. Exact judgements are in Python integers: every float is a
+rational, and a convolution matrix only copies floats (or adds them, where padding folds pixels).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def is_positive_semidefinite(matrix: list[list[int]]) -> bool:
 
 
 def norm_is_at_most(matrix: np.ndarray, bound: float) -> bool:
-    """Exact: is the spectral norm of a real float matrix <= bound? Decides c^2 I - A A^T >= 0 over the integers."""
+    """Exact: is the norm of a real matrix <= bound? Decides c^2 I - A A^T >= 0 in integers."""
     if math.isinf(bound):
         return bound > 0
     if bound < 0:
@@ -81,9 +81,10 @@ def complex_norm_is_at_most(real: np.ndarray, imag: np.ndarray, bound: float) ->
 
 
 def rayleigh_exceeds(matrix: np.ndarray, bound: float, vector: np.ndarray | None = None) -> bool:
-    """Exact one-sided witness for larger matrices: does |A v| > bound |v| hold for v = the float top right vector?
+    """Exact one-sided witness for larger matrices: does |A v| > bound |v| hold for some v?
 
-    True proves ``bound`` unsound. The vector comes from a float64 SVD, the comparison is over the integers.
+    True proves ``bound`` unsound. By default v is the top right vector of a float64 SVD; the
+    comparison is over the integers.
     """
     if math.isinf(bound):
         return False
@@ -101,7 +102,7 @@ def rayleigh_exceeds(matrix: np.ndarray, bound: float, vector: np.ndarray | None
 
 
 def svd_norm(matrix: np.ndarray) -> float:
-    """Float64 spectral norm: a reference for tightness, in error by a few units times the size either way."""
+    """Float64 spectral norm: for tightness only, off by a few units times the size either way."""
     return float(np.linalg.norm(matrix, 2)) if matrix.size else 0.0
 
 
@@ -121,7 +122,7 @@ def _tuple(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 
 
 def source_index(position: int, length: int, mode: str) -> int | None:
-    """Pixel that a padded position reads, or None for a zero; the rules of torch.nn.functional.pad."""
+    """Pixel that a padded position reads, or None for a zero; torch's rules."""
     if 0 <= position < length:
         return position
     if mode == "zeros":
@@ -135,9 +136,7 @@ def source_index(position: int, length: int, mode: str) -> int | None:
     raise ValueError(mode)
 
 
-def output_extent(
-    n: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int
-) -> int:
+def output_extent(n: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int) -> int:
     """Output length of a convolution on one axis; zero when the kernel does not fit."""
     return max(0, (n + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1)
 
@@ -156,10 +155,10 @@ def conv_matrix(
     """Dense matrix of a convolution, entry by entry, acting on inputs flattened as (C, *spatial).
 
     Args:
-        weight: ``(C_out, C_in / groups, k...)``, or for ``transposed`` ``(C_in, C_out / groups, k...)``, as torch has
-            them. Any number of spatial axes.
+        weight: ``(C_out, C_in / groups, k...)``, or for ``transposed``
+            ``(C_in, C_out / groups, k...)``, as torch has them. Any number of spatial axes.
         input_shape: ``(C_in, *spatial)``.
-        padding: A number, or per axis a number or a pair (low, high). Pairs only without ``transposed``.
+        padding: A number, or per axis a number or a pair (low, high).
         output_padding: Extra output rows at the high side; only with ``transposed``.
     """
     axes = weight.ndim - 2
@@ -193,7 +192,9 @@ def conv_matrix(
                     continue
                 read, write = anchor, tuple(moved)
             else:
-                indices = [source_index(m, n, padding_mode) for m, n in zip(moved, spatial, strict=True)]
+                indices = [
+                    source_index(m, n, padding_mode) for m, n in zip(moved, spatial, strict=True)
+                ]
                 if any(i is None for i in indices):
                     continue
                 read, write = tuple(indices), anchor

@@ -169,7 +169,9 @@ def test_frobenius_is_an_upper_bound(exponent: int) -> None:
     rng = np.random.default_rng(exponent + 5000)
     for size in [1, 2, 3, 17, 300, 1023, 1024, 1025, 5000]:
         for mixed in (False, True):
-            values = rng.standard_normal(size) * (2.0 ** rng.integers(-60, 1, size) if mixed else 1.0)
+            values = rng.standard_normal(size) * (
+                2.0 ** rng.integers(-60, 1, size) if mixed else 1.0
+            )
             scaled = np.ldexp(values, exponent)
             bound = rounding.frobenius_up(torch.from_numpy(scaled))
             exact = exact_sum_of_squares(scaled)

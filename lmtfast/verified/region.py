@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Verified norms of traced regions: dense where that fits, on the torus or by composition where not.
+"""Verified norms of traced regions: dense where that fits, on the torus or by composition where
+not.
 
-Every path ends in a proof over float64 matrices; this file only turns a region into such matrices and
-bounds what the turning rounds. Weights are float32 or narrower values held exactly in float64, or
-float64 values; scales such as folded batch norms are rounded, and that is added outward.
+Every path ends in a proof over float64 matrices; this file only turns a region into such matrices
+and bounds what the turning rounds. Weights are float32 or narrower values held exactly in float64,
+or float64 values; scales such as folded batch norms are rounded, and that is added outward.
 """
 
 from __future__ import annotations
@@ -15,17 +16,38 @@ import torch
 from torch import Tensor
 
 from lmtfast.backends.reference import (
-    Leaves, effective_weight, matvec, region_apply, rmatvec, vector_shape,
+    Leaves,
+    effective_weight,
+    matvec,
+    region_apply,
+    rmatvec,
+    vector_shape,
 )  # fmt: skip
 from lmtfast.errors import ArgumentError, NotCertifiedError
 from lmtfast.graph import (
-    Average, BatchNormScale, Conv, Copy, Linear, Operator, Primitive, Region, RegionNode, Scale,
-    Slope, weight_refs,
+    Average,
+    BatchNormScale,
+    Conv,
+    Copy,
+    Linear,
+    Operator,
+    Primitive,
+    Region,
+    RegionNode,
+    Scale,
+    Slope,
+    weight_refs,
 )  # fmt: skip
 from lmtfast.verified.lanczos import top_eigenvalue
 from lmtfast.verified.matrix import NormEnclosure, enclosure, matrix_norm_upper
 from lmtfast.verified.rounding import (
-    add_up, frobenius_up, gamma_up, hypot_up, magnitude, mul_up, sqrt_up,
+    add_up,
+    frobenius_up,
+    gamma_up,
+    hypot_up,
+    magnitude,
+    mul_up,
+    sqrt_up,
 )  # fmt: skip
 from lmtfast.verified.torus import circular_norm_upper, polyphase, torus_norm_upper
 from lmtfast.weights import Weights
@@ -40,14 +62,16 @@ SCALE_ROUNDINGS = 8
 SAFE_EXPONENT = 900
 
 
-def operator_norm_upper(operator: Operator, weights: Weights, *, method: str = "auto") -> NormEnclosure:
+def operator_norm_upper(
+    operator: Operator, weights: Weights, *, method: str = "auto"
+) -> NormEnclosure:
     """Bound the norm of one operator of a plan from above, floating point included.
 
     Args:
         operator: A region or slope of a :class:`~lmtfast.graph.BoundGraph`.
         weights: Resolved in float64.
-        method: ``"auto"`` takes the dense proof where it is affordable and the torus or the composition
-            of smaller proofs elsewhere; ``"dense"`` and ``"torus"`` insist.
+        method: ``"auto"`` takes the dense proof where it is affordable and the torus or the
+            composition of smaller proofs elsewhere; ``"dense"`` and ``"torus"`` insist.
 
     Returns:
         The enclosure; ``method`` names the proof that was used.
@@ -124,9 +148,6 @@ def _diagonal(op: Scale, weights: Weights) -> NormEnclosure:
     return enclosure(upper, largest, "maximum")
 
 
-# -- what folding and materialising round ------------------------------------------------------------
-
-
 def weight_roundings(op: Conv | Linear) -> int:
     """Roundings between the stored weights and an entry of the acting kernel; 0 if it is stored."""
     scales = len(op.row_scales) + len(op.column_scales)
@@ -180,9 +201,6 @@ def _in_range(region: Region, weights: Weights) -> bool:
 def _fits(region: Region) -> bool:
     rows, columns = math.prod(region.out_shape), math.prod(region.in_shape)
     return min(rows, columns) <= DENSE_ORDER and rows * columns <= DENSE_ENTRIES
-
-
-# -- dense -------------------------------------------------------------------------------------------
 
 
 def _matrix(op: Linear, weights: Weights) -> NormEnclosure:
@@ -246,9 +264,6 @@ def _materialising_error(region: Region, weights: Weights) -> float:
     return mul_up(gamma_up(depth), frobenius_up(materialise(positive, sizes)))
 
 
-# -- torus -------------------------------------------------------------------------------------------
-
-
 def _torus(region: Region, op: Conv, weights: Weights) -> NormEnclosure:
     weight = effective_weight(op, weights)
     in_size, out_size = op.in_shape[1:], op.out_shape[1:]
@@ -271,15 +286,15 @@ def _torus(region: Region, op: Conv, weights: Weights) -> NormEnclosure:
     return enclosure(upper, lanczos_norm(region, weights), "torus")
 
 
-def _circular(op: Conv, kernel: Tensor, in_size: tuple[int, ...], out_size: tuple[int, ...]) -> float:
+def _circular(
+    op: Conv, kernel: Tensor, in_size: tuple[int, ...], out_size: tuple[int, ...]
+) -> float:
     """Exact on its own grid where the wrap is once around; else stride 1 times repeated outputs."""
     full = [
         n + low + high - d * (k - 1)
         for n, (low, high), d, k in zip(in_size, op.padding, op.dilation, op.kernel, strict=True)
     ]
-    whole = all(
-        f == n and n % s == 0 for f, n, s in zip(full, in_size, op.stride, strict=True)
-    )
+    whole = all(f == n and n % s == 0 for f, n, s in zip(full, in_size, op.stride, strict=True))
     stride = op.stride if whole else (1,) * len(in_size)
     taps, coarse = polyphase(kernel, stride=stride, padding=op.padding, dilation=op.dilation)
     upper = circular_norm_upper(taps, extent=coarse(in_size)).upper
@@ -300,9 +315,6 @@ def lanczos_norm(region: Region, weights: Weights, steps: int = 40) -> float:
 
     value, _ = top_eigenvalue(gram, 1, math.prod(shape), steps=steps, tolerance=1e-9)
     return math.sqrt(max(0.0, float(value.reshape(-1)[0])))
-
-
-# -- composition -------------------------------------------------------------------------------------
 
 
 def _composed(region: Region, weights: Weights, method: str) -> NormEnclosure:

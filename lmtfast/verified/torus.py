@@ -135,7 +135,7 @@ def torus_norm_upper(
         for offset, matrix in taps
         if all(-output_extent[a] < offset[a] < input_extent[a] for a in range(axes))
     ]
-    if not taps:
+    if not taps or math.prod(input_extent) * math.prod(output_extent) == 0:
         return enclosure(0.0, 0.0, "empty")
     size = [
         max(
