@@ -43,12 +43,17 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from lmtfast.backends import available_backends, register_backend
-    from lmtfast.bound import LipschitzBound
-    from lmtfast.certificate import Certificate, load_certificate
-    from lmtfast.certification import certify
-    from lmtfast.estimation import NetworkBound
-    from lmtfast.guarantee import certified_bound, conv_spectral_norm, spectral_norm
-    from lmtfast.losses import margin_cross_entropy
-    from lmtfast.plan import BoundPlan, trace
-    from lmtfast.rules.registry import register_rule
+    from lmtfast.backends import available_backends as available_backends
+    from lmtfast.backends import register_backend as register_backend
+    from lmtfast.bound import LipschitzBound as LipschitzBound
+    from lmtfast.certificate import Certificate as Certificate
+    from lmtfast.certificate import load_certificate as load_certificate
+    from lmtfast.certification import certify as certify
+    from lmtfast.estimation import NetworkBound as NetworkBound
+    from lmtfast.guarantee import certified_bound as certified_bound
+    from lmtfast.guarantee import conv_spectral_norm as conv_spectral_norm
+    from lmtfast.guarantee import spectral_norm as spectral_norm
+    from lmtfast.losses import margin_cross_entropy as margin_cross_entropy
+    from lmtfast.plan import BoundPlan as BoundPlan
+    from lmtfast.plan import trace as trace
+    from lmtfast.rules.registry import register_rule as register_rule

@@ -104,6 +104,7 @@ class SpectralNorms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sigmas: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("NetworkBound")
         n = len(ctx.plan.slots)
         tensors, flat = ctx.saved_tensors[:n], iter(ctx.saved_tensors[n:])
         saved = [tuple(next(flat) for _ in range(count)) for count in ctx.counts]

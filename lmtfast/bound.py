@@ -24,7 +24,8 @@ class LipschitzBound:
 
     Attributes:
         total: Constant from input to logits. 0-dim tensor at ``estimate``, else float.
-        features: Constant from input to the head's input (equal to ``total`` without a Linear head).
+        features: Constant from input to the head's input (equal to ``total`` without a Linear
+            head).
         per_operator: Spectral norm of every linear region, by qualified module name.
         level: ``"estimate"`` (no claim), ``"probabilistic"`` or ``"rigorous"``.
         delta: Probability that the bound is below the truth; 0 at ``rigorous``, 1 at ``estimate``.
@@ -32,16 +33,16 @@ class LipschitzBound:
             unknown, always at ``estimate``.
         method: How the norms were obtained.
         methods: The same per operator.
-        head_row_error: Bound on the rounding in each row of ``head_weight``, shape ``(K,)``, or None if
-            it is exact.
+        head_row_error: Bound on the rounding in each row of ``head_weight``, shape ``(K,)``, or
+            None if it is exact.
         norm: ``"l2"``.
         head_weight: Rows of the final Linear with all scales folded in, shape ``(K, D)``, or None.
         classes: Number of logits ``K``, or None if the output is not one vector per sample.
 
     Guarantee:
-        What ``level`` says: ``rigorous`` is at least the true constant of the exact real function of
-        the stored parameters, all rounding included; ``probabilistic`` is so except with probability
-        ``delta`` over the library's own draw; ``estimate`` may lie on either side.
+        What ``level`` says: ``rigorous`` is at least the true constant of the exact real function
+        of the stored parameters, all rounding included; ``probabilistic`` is so except with
+        probability ``delta`` over the library's own draw; ``estimate`` may lie on either side.
 
     Source:
         Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, Prop. 1 and 2.
@@ -69,7 +70,7 @@ class LipschitzBound:
 
     @property
     def pairs(self) -> Tensor:
-        """Constants of the differences ``f_i - f_j``. Shape ``(K, K)``, zero diagonal; made on demand."""
+        """Constants of the differences ``f_i - f_j``. Shape ``(K, K)``, zero diagonal; lazy."""
         if self.classes is None:
             raise ValueError("the output is not one vector of logits per sample")
         norms = self.pair_norms(torch.arange(self.classes))
@@ -82,8 +83,8 @@ class LipschitzBound:
     def pair_norms(self, classes: Tensor) -> Tensor:
         """``||w_c - w_j||`` for the classes given; ``sqrt(2)`` off the diagonal without a head.
 
-        Shape ``(U, K)``. Rounded up from exact differences at every level but ``estimate``, where it is
-        differentiable in the head's weight.
+        Shape ``(U, K)``. Rounded up from exact differences at every level but ``estimate``, where
+        it is differentiable in the head's weight.
         """
         if self.head_weight is None:
             assert self.classes is not None
@@ -91,21 +92,20 @@ class LipschitzBound:
             return rival.scatter_(1, classes[:, None], 0.0)
         if self.level == "estimate":
             weight = self.head_weight
-            return torch.cdist(
-                weight[classes], weight, compute_mode="donot_use_mm_for_euclid_dist"
-            )
+            return torch.cdist(weight[classes], weight, compute_mode="donot_use_mm_for_euclid_dist")
         return pair_norms_up(self.head_weight, classes, self.head_row_error)
 
 
 def pair_norms_up(weight: Tensor, classes: Tensor, row_error: Tensor | None = None) -> Tensor:
-    """Upper bounds of ``||w_c - w_j||`` from float64 differences, never from the Gram. Shape ``(U, K)``.
+    """Upper bounds of ``||w_c - w_j||`` from float64 differences, never from the Gram. Shape ``(U,
+    K)``.
 
     ``row_error`` bounds the length of what rounding did to each row of ``weight``, shape ``(K,)``.
     """
     features = weight.shape[1]
     norms = torch.zeros(classes.numel(), weight.shape[0], dtype=torch.float64)
-    # fl(a - b) = (a - b)(1 + d); D squares and sums and a root: at most D + 8 roundings of 2^-53 each,
-    # doubled to cover the inflation's own.
+    # fl(a - b) = (a - b)(1 + d); D squares and sums and a root: at most D + 8 roundings of 2^-53
+    # each, doubled to cover the inflation's own.
     growth = 1.0 + (features + 8) * 2.0**-52
     for i, c in enumerate(classes.tolist()):
         difference = weight - weight[c]
@@ -123,7 +123,7 @@ def pair_norms_up(weight: Tensor, classes: Tensor, row_error: Tensor | None = No
 
 
 def relative_excess(upper: float, lower: float) -> float:
-    """How far an upper bound lies above an estimate from below, relatively; NaN if that says nothing."""
+    """Relative excess of an upper bound over an estimate from below; NaN if that says nothing."""
     if upper == 0.0:
         return 0.0
     return upper / lower - 1.0 if lower > 0.0 and math.isfinite(upper) else math.nan

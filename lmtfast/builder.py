@@ -90,8 +90,6 @@ class GraphBuilder:
         self._names: dict[str, int] = {}
         self.input = self._from_base(Base(Origin(), self.constant(1.0), tuple(input_shape)))
 
-    # -- tape ------------------------------------------------------------------------------------
-
     def _emit(self, op: str, *args: Any) -> int:
         key = Instruction(op, args)
         if key not in self._index:
@@ -116,8 +114,6 @@ class GraphBuilder:
         for term in terms[1:]:
             result = result if op == "max" and term == result else self._emit(op, result, term)
         return result
-
-    # -- values ----------------------------------------------------------------------------------
 
     @staticmethod
     def _from_base(base: Base) -> Value:
@@ -150,7 +146,7 @@ class GraphBuilder:
         return self.new_base(value.base.origin, rel, value.shape)
 
     def slice(self, value: Value, axis: int, start: int, stop: int) -> Value:
-        """Entries ``start:stop`` of one dimension: a new origin, so that disjoint slices can share."""
+        """Entries ``start:stop`` of one dimension: a new origin, so disjoint slices can share."""
         if start == 0 and stop == value.shape[axis]:
             return value
         shape = (*value.shape[:axis], stop - start, *value.shape[axis + 1 :])
@@ -165,7 +161,7 @@ class GraphBuilder:
         return self.new_base(origin, self.reduce("add", rels), values[0].shape)
 
     def concat(self, values: Sequence[Value], axis: int) -> Value:
-        """Concatenation: linear over one base, maximum over disjoint slices, else root of squares."""
+        """Concatenation: linear over one base, maximum over disjoint slices, else root of sum."""
         length = sum(v.shape[axis] for v in values)
         shape = (*values[0].shape[:axis], length, *values[0].shape[axis + 1 :])
         rivals = self._sorted_pair(values)
@@ -230,8 +226,6 @@ class GraphBuilder:
                     lifted.append((origin, rel))
             states = lifted
         return states[0][0], [rel for _, rel in states]
-
-    # -- regions ---------------------------------------------------------------------------------
 
     def _sigma(self, operator: Operator) -> int:
         self.operators.append(operator)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs a bound's tape: over tensors for training, over floats with outward rounding for certificates."""
+"""Runs a bound's tape: over tensors for training, over floats rounded outward for certificates."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ def compose(tape: Sequence[Instruction], sigmas: Tensor) -> list[Tensor | float]
 
     def hypot(a: Any, b: Any) -> Any:
         # vector_norm has the subgradient 0 at the origin, where hypot would give NaN.
-        a, b = torch.as_tensor(a).to(sigmas), torch.as_tensor(b).to(sigmas)
-        return torch.linalg.vector_norm(torch.stack((a, b)))
+        return torch.linalg.vector_norm(torch.stack((as_scalar(a, sigmas), as_scalar(b, sigmas))))
 
     def largest(a: Any, b: Any) -> Any:
-        return torch.maximum(torch.as_tensor(a).to(sigmas), torch.as_tensor(b).to(sigmas))
+        return torch.maximum(as_scalar(a, sigmas), as_scalar(b, sigmas))
 
     return _run(tape, sigma, lambda a, b: a * b, lambda a, b: a + b, hypot, largest)
 

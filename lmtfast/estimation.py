@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The training-time bound: differentiable, warm-started, at almost no cost per step. Always an estimate."""
+"""The training-time bound: differentiable, warm-started, cheap, and always an estimate."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ WARM_UP = 10
 class NetworkBound(nn.Module):
     """Estimates a network's L2 Lipschitz constant in every training step, differentiably.
 
-    One warm power step per operator and call. The model is traced once, in eval mode, and not touched;
-    its parameters are read afresh at every call. The state dict holds the iterates only.
+    One warm power step per operator and call. The model is traced once, in eval mode, and not
+    touched; its parameters are read afresh at every call. The state dict holds the iterates only.
 
     Args:
         model: Any module that :func:`lmtfast.trace` accepts.
@@ -58,7 +58,8 @@ class NetworkBound(nn.Module):
     Example:
         >>> import torch
         >>> import lmtfast as lf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8,
+        3))
         >>> bound = lf.NetworkBound(model, (4,))
         >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
         >>> loss = lf.margin_cross_entropy(model(x), y, bound(), eps=36 / 255)
@@ -130,7 +131,9 @@ class NetworkBound(nn.Module):
                     "call model(x) in training mode before calling the bound",
                 )  # fmt: skip
         return Weights(
-            named_tensors(model), dtype=self.state.iterates.dtype, batch_variance=self._batch_variance
+            named_tensors(model),
+            dtype=self.state.iterates.dtype,
+            batch_variance=self._batch_variance,
         )
 
     def forward(self, update: bool = True) -> LipschitzBound:
@@ -182,7 +185,8 @@ def head_matrix(plan: BoundPlan, weights: Weights) -> Tensor:
     """The head's rows with all scales folded in. Shape ``(K, D)``."""
     assert plan.graph.head is not None
     region = plan.operators[plan.graph.head]
-    assert isinstance(region, Region) and isinstance(region.primitive, Linear)
+    assert isinstance(region, Region)
+    assert isinstance(region.primitive, Linear)
     return effective_weight(region.primitive, weights)
 
 

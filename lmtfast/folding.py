@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Simplifies a linear region: batch norms and factors into kernels, padding into convs, ``x + conv(x)``.
+"""Simplifies a linear region: batch norms and factors into kernels, padding into convs, ``x +
+conv(x)``.
 
 Each rule replaces a pattern by one primitive that is the same linear map, so a region's norm never
 changes; only reorderings at either end are dropped, which keep the norm.
@@ -126,8 +127,8 @@ def _factor(first: Primitive, second: Primitive) -> Primitive | None:
     """A plain factor next to another scale or an average."""
     for scale, other in ((first, second), (second, first)):
         if isinstance(scale, Scale) and scale.ref is None and isinstance(other, (Scale, Average)):
-            shapes = {"in_shape": first.in_shape, "out_shape": second.out_shape}
-            return replace(other, gain=other.gain * scale.gain, **shapes)
+            gain, ends = other.gain * scale.gain, (first.in_shape, second.out_shape)
+            return replace(other, gain=gain, in_shape=ends[0], out_shape=ends[1])
     return None
 
 
@@ -210,16 +211,18 @@ def _identity_sum(region: Region) -> Region | None:
             if branch < 0 or _consumers(region, branch) != 1:
                 continue
             inner = region.nodes[branch]
-            if skip == inner.inputs[0] and _has_centre(inner.op):
-                merged = replace(inner.op, identity_gain=inner.op.identity_gain + 1.0)  # type: ignore[union-attr, call-arg]
+            if skip != inner.inputs[0] or not isinstance(inner.op, (Conv, Linear)):
+                continue
+            if _has_centre(inner.op):
+                merged = replace(inner.op, identity_gain=inner.op.identity_gain + 1.0)
                 return _without(region, branch, i, RegionNode(merged, inner.inputs))
     return None
 
 
-def _has_centre(op: Primitive | str) -> bool:
+def _has_centre(op: Conv | Linear) -> bool:
     if isinstance(op, Linear):
         return op.in_shape == op.out_shape
-    if not isinstance(op, Conv) or op.transposed or op.in_shape != op.out_shape:
+    if op.transposed or op.in_shape != op.out_shape:
         return False
     axes = zip(op.stride, op.padding, op.dilation, op.kernel, strict=True)
     return all(s == 1 and low % d == 0 and low // d < k for s, (low, _), d, k in axes)

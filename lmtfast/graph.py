@@ -44,7 +44,7 @@ class BatchNormScale:
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor the forward code computes from parameters alone (weight norm, other parametrizations)."""
+    """A tensor the forward code computes from parameters alone (weight norm and its like)."""
 
     target: str
     args: tuple[Any, ...]
@@ -56,7 +56,7 @@ WeightRef: TypeAlias = ParameterRef | ConstantRef | BatchNormScale | Derived
 
 @dataclass(frozen=True)
 class Call:
-    """One ATen call on one tensor. ``INPUT`` marks the tensor in ``args``, ``BATCH`` the batch size."""
+    """One ATen call on one tensor; ``INPUT`` marks the tensor, ``BATCH`` the batch size."""
 
     target: str
     args: tuple[Any, ...]
@@ -103,7 +103,7 @@ class Conv(Primitive):
 
 @dataclass(frozen=True)
 class Linear(Primitive):
-    """``x @ weight.T`` on the last dimension, without bias; scales and gains as in :class:`Conv`."""
+    """``x @ weight.T`` on the last dimension, without bias; the rest as in :class:`Conv`."""
 
     weight: WeightRef
     row_scales: tuple[ChannelScale, ...] = ()
@@ -122,7 +122,7 @@ class ChannelScale:
 
 @dataclass(frozen=True)
 class Scale(Primitive):
-    """Multiplication by a constant: ``gain`` times ``ref`` (or its reciprocal) of shape ``broadcast``."""
+    """Multiplication by ``gain`` times ``ref`` (or its reciprocal) of shape ``broadcast``."""
 
     ref: WeightRef | None = None
     broadcast: Shape = ()
@@ -158,7 +158,7 @@ class Average(Primitive):
 
 @dataclass(frozen=True)
 class RegionNode:
-    """One step of a region: a primitive, ``"add"`` or ``"concat"``; input -1 is the region's input."""
+    """One step of a region: a primitive, ``"add"`` or ``"concat"``; input -1 is its input."""
 
     op: Primitive | str
     inputs: tuple[int, ...]

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,12 @@ from lmtfast.backends.reference import effective_weight, region_apply
 from lmtfast.bound import LEVELS, LipschitzBound
 from lmtfast.composing import compose_up
 from lmtfast.errors import (
-    ArgumentError, NonFiniteError, NotCertifiedError, ShapeError, TrainModeError, UnsupportedLayerError,
+    ArgumentError,
+    NonFiniteError,
+    NotCertifiedError,
+    ShapeError,
+    TrainModeError,
+    UnsupportedLayerError,
 )  # fmt: skip
 from lmtfast.estimation import NetworkBound, class_count, head_matrix
 from lmtfast.graph import Linear, Operator, Region
@@ -23,7 +28,11 @@ from lmtfast.verified.arithmetic import ensure_arithmetic
 from lmtfast.verified.matrix import NormEnclosure, enclosure
 from lmtfast.verified.moment import moment_norm_upper
 from lmtfast.verified.region import (
-    METHODS, absolute, lanczos_norm, operator_norm_upper, weight_roundings,
+    METHODS,
+    absolute,
+    lanczos_norm,
+    operator_norm_upper,
+    weight_roundings,
 )  # fmt: skip
 from lmtfast.verified.rounding import gamma_up, next_up
 from lmtfast.weights import Weights, named_tensors
@@ -35,9 +44,13 @@ CONVERGED = 200
 def check_level(level: str, method: str = "auto") -> None:
     """Refuse a level or method that does not exist."""
     if level not in LEVELS:
-        raise ArgumentError(f"a level, one of {', '.join(LEVELS)}", repr(level), "level", "pick one")
+        raise ArgumentError(
+            f"a level, one of {', '.join(LEVELS)}", repr(level), "level", "pick one"
+        )
     if method not in METHODS:
-        raise ArgumentError(f"a method, one of {', '.join(METHODS)}", repr(method), "method", "pick one")
+        raise ArgumentError(
+            f"a method, one of {', '.join(METHODS)}", repr(method), "method", "pick one"
+        )
 
 
 def check_certifiable(model: nn.Module) -> None:
@@ -71,10 +84,12 @@ def certified_bound(
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant with a guarantee.
 
-    The model is traced afresh at every call, so nothing stale can enter; power iterates are never read.
+    The model is traced afresh at every call, so nothing stale can enter; power iterates are never
+    read.
 
     Args:
-        model: Module in eval mode that :func:`lmtfast.trace` accepts; any floating dtype, any device.
+        model: Module in eval mode that :func:`lmtfast.trace` accepts; any floating dtype, any
+            device.
         input_shape: Shape of one input, without the batch dimension.
         level: ``"rigorous"``, ``"probabilistic"``, or ``"estimate"`` (a converged estimate).
         delta: Probability, over the library's own draw, that a probabilistic bound is too small.
@@ -96,7 +111,8 @@ def certified_bound(
 
     Source:
         Verified norms: Rump, BIT 51 (2011) 367-384. Composition: Tsuzuku, Sato, Sugiyama (2018),
-        arXiv:1802.04034, section 5. Probabilistic: the moment bound in :mod:`lmtfast.verified.moment`.
+        arXiv:1802.04034, section 5. Probabilistic: the moment bound in
+        :mod:`lmtfast.verified.moment`.
 
     Example:
         >>> import torch
@@ -125,7 +141,9 @@ def plan_bound(
     tensors = {n: t.detach().cpu() for n, t in named_tensors(model).items()}
     weights = Weights(tensors, dtype=torch.float64)
     if level == "probabilistic" and not 0.0 < delta < 1.0:
-        raise ArgumentError("a probability in (0, 1)", repr(delta), "delta", "use the default 2**-100")
+        raise ArgumentError(
+            "a probability in (0, 1)", repr(delta), "delta", "use the default 2**-100"
+        )
     with torch.no_grad():
         share = delta / max(1, len(plan.operators))
         norms = [_norm(o, weights, level, share, method) for o in plan.operators]
@@ -173,7 +191,8 @@ def _head(plan: BoundPlan, weights: Weights) -> tuple[Tensor | None, Tensor | No
         return None, None
     matrix = head_matrix(plan, weights)
     region = plan.operators[plan.graph.head]
-    assert isinstance(region, Region) and isinstance(region.primitive, Linear)
+    assert isinstance(region, Region)
+    assert isinstance(region.primitive, Linear)
     count = weight_roundings(region.primitive)
     if count == 0:
         return matrix, None
@@ -192,7 +211,8 @@ def spectral_norm(
     Args:
         module: Linear in its input up to a constant (biases do not matter), in eval mode.
         input_shape: Shape of one input, without the batch dimension.
-        level: ``"rigorous"``, ``"probabilistic"`` or ``"estimate"`` (differentiable in the weights).
+        level: ``"rigorous"``, ``"probabilistic"`` or ``"estimate"`` (differentiable in the
+            weights).
         delta: Failure probability at ``"probabilistic"``.
 
     Returns:
@@ -200,7 +220,8 @@ def spectral_norm(
 
     Raises:
         UnsupportedLayerError: The module is not one linear map, or has a part without a rule.
-        TrainModeError, NonFiniteError, NotCertifiedError, ArgumentError: As :func:`certified_bound`.
+        TrainModeError, NonFiniteError, NotCertifiedError, ArgumentError: As
+            :func:`certified_bound`.
 
     Guarantee:
         As ``level`` says.
@@ -220,9 +241,13 @@ def spectral_norm(
     graph = trace_model(module, input_shape).graph
     plan = make_plan(module, graph, engine="operator", backend="reference")
     linear = all(s.op in ("constant", "sigma", "mul") for s in graph.tape)
-    if not linear or len(graph.operators) > 1 or not all(isinstance(o, Region) for o in graph.operators):
+    if (
+        not linear
+        or len(graph.operators) > 1
+        or not all(isinstance(o, Region) for o in graph.operators)
+    ):
         raise UnsupportedLayerError(
-            "a module that is one linear map", f"{len(graph.operators)} operators in a nonlinear graph",
+            "a module that is one linear map", f"{len(graph.operators)} operators, nonlinear",
             type(module).__name__, "use certified_bound for networks",
         )  # fmt: skip
     if level != "estimate":
@@ -235,28 +260,26 @@ def spectral_norm(
 class _Convolution(nn.Module):
     """A convolution without bias around a given weight."""
 
-    def __init__(self, weight: Tensor, options: dict[str, object], mode: str, transposed: bool) -> None:
+    weight: Tensor
+
+    def __init__(
+        self, weight: Tensor, options: dict[str, Any], mode: str, transposed: bool
+    ) -> None:
         super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else _plain_parameter(weight)
+        # A buffer may be any tensor, so gradients reach a weight that is not a leaf.
+        self.register_buffer("weight", weight)
         self.options, self.mode, self.transposed = options, mode, transposed
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         axes = self.weight.ndim - 2
         options = dict(self.options)
-        if self.transposed:
-            functions = (nn.functional.conv_transpose1d, nn.functional.conv_transpose2d,
-                         nn.functional.conv_transpose3d)  # fmt: skip
-            return functions[axes - 1](x, self.weight, None, **options)  # type: ignore[operator]
         if self.mode != "zeros":
-            low_high = [p for n in reversed(options.pop("padding")) for p in (n, n)]  # type: ignore[call-overload]
+            low_high = [p for n in reversed(options.pop("padding")) for p in (n, n)]
             x = nn.functional.pad(x, low_high, mode=self.mode)
-        functions = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
-        return functions[axes - 1](x, self.weight, None, **options)  # type: ignore[operator]
-
-
-def _plain_parameter(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight, requires_grad=False)
+        function = getattr(nn.functional, f"conv{'_transpose' * self.transposed}{axes}d")
+        result: Tensor = function(x, self.weight, None, **options)
+        return result
 
 
 def conv_spectral_norm(
@@ -283,8 +306,8 @@ def conv_spectral_norm(
         groups: As in ``torch.nn.Conv2d``.
         padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``.
         transposed: Whether it is a transposed convolution (zero padding only).
-        level: As in :func:`spectral_norm`. At ``"estimate"``, ``total`` is differentiable in ``weight``
-            when that is an ``nn.Parameter``.
+        level: As in :func:`spectral_norm`. At ``"estimate"``, ``total`` is differentiable in
+            ``weight``.
 
     Returns:
         The bound; ``total`` is the norm.
@@ -324,10 +347,10 @@ def conv_spectral_norm(
     def per_axis(item: int | Sequence[int]) -> list[int]:
         return [item] * axes if isinstance(item, int) else [int(i) for i in item]
 
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "stride": per_axis(stride), "padding": per_axis(padding), "dilation": per_axis(dilation),
         "groups": groups,
     }  # fmt: skip
-    return spectral_norm(_Convolution(weight, options, padding_mode, transposed), input_shape, level=level)
-
-
+    return spectral_norm(
+        _Convolution(weight, options, padding_mode, transposed), input_shape, level=level
+    )

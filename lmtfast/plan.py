@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The static half of a bound: graph, operator table, engines and backend, chosen once and printable."""
+"""The static half of a bound: graph, operator table, engines and backend, chosen once."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ class BoundPlan:
             changed = sorted(set(now) ^ set(self.signature))[:3]
             raise StalePlanError(
                 "the modules and tensor shapes that were traced",
-                ", ".join(f"{name}: {kind}" for name, kind in changed) or "another order of modules",
+                ", ".join(f"{name}: {kind}" for name, kind in changed)
+                or "another order of modules",
                 type(model).__name__,
                 "trace the model again (make a new NetworkBound) after changing its structure",
             )
@@ -87,9 +88,13 @@ class BoundPlan:
             rule = _rule(op)
             shapes = ("x".join(map(str, op.in_shape)), "x".join(map(str, op.out_shape)))
             rows.append((op.name, op.kind, *shapes, str(buckets[i]), self.engines[i], rule))
-        rows += [(n or "forward", rule, "", "", "", "", f"{c:.6g}") for n, rule, c in self.graph.notes]
+        rows += [
+            (n or "forward", rule, "", "", "", "", f"{c:.6g}") for n, rule, c in self.graph.notes
+        ]
         widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+        ]
         head = "none" if self.graph.head is None else self.operators[self.graph.head].name
         lines.append(
             f"{len(self.operators)} operators in {self.table.n_buckets} buckets; head: {head}; "
@@ -122,7 +127,9 @@ def make_plan(model: nn.Module, graph: BoundGraph, *, engine: str, backend: str)
         for ref in weight_refs(operator):
             slots.setdefault(ref, len(slots))
     chosen = [
-        choose_engine(o, engine) if _needs_engine(o) else ("closed form", "maximum of entries")
+        choose_engine(o, engine)
+        if isinstance(o, Region) and o.kind != "scale"
+        else ("closed form", "maximum of entries")
         for o in graph.operators
     ]
     engines, reasons = tuple(c[0] for c in chosen), tuple(c[1] for c in chosen)
@@ -130,19 +137,16 @@ def make_plan(model: nn.Module, graph: BoundGraph, *, engine: str, backend: str)
     return BoundPlan(graph, tuple(slots), table, engines, reasons, backend, model_signature(model))
 
 
-def _needs_engine(operator: Operator) -> bool:
-    return isinstance(operator, Region) and operator.kind != "scale"
-
-
 def trace(model: nn.Module, input_shape: Sequence[int]) -> BoundPlan:
     """Trace a model into the plan its Lipschitz bound is computed from.
 
-    Every call of the model's inference form is looked up in the rule table; a call without a rule, or
-    with an argument its rule does not cover, is refused by name. Nothing ever counts as 1 by default.
+    Every call of the model's inference form is looked up in the rule table; a call without a rule,
+    or with an argument its rule does not cover, is refused by name. Nothing ever counts as 1 by
+    default.
 
     Args:
-        model: Any ``torch.nn.Module`` from one tensor to one tensor. Traced in eval mode, whatever its
-            present mode, which is restored. Parameters may be on the meta device.
+        model: Any ``torch.nn.Module`` from one tensor to one tensor. Traced in eval mode, whatever
+            its present mode, which is restored. Parameters may be on the meta device.
         input_shape: Shape of one input, without the batch dimension.
 
     Returns:
@@ -156,16 +160,20 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> BoundPlan:
         The graph's composition is an upper bound wherever its operator norms are.
 
     Source:
-        Composition rules: Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, section 5 and appendix B.
+        Composition rules: Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, section 5 and appendix
+            B.
 
     Example:
         >>> import torch
         >>> import lmtfast as lf
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten())
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(),
+        torch.nn.Flatten())
         >>> print(lf.trace(model, (3, 8, 8)).operators[0].kind)
         conv
     """
-    return make_plan(model, trace_model(model, input_shape).graph, engine="auto", backend="reference")
+    return make_plan(
+        model, trace_model(model, input_shape).graph, engine="auto", backend="reference"
+    )
 
 
 def with_backend(plan: BoundPlan, backend: str) -> BoundPlan:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The power iterates of a network: one packed buffer, a slice per operator. The only mutable numerics."""
+"""The power iterates of a network in one packed buffer: the only mutable numerics."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ FIELDS = SCALARS + tuple(f"{name}_{axis}" for name in PER_AXIS for axis in range
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """What a compiled backend needs to know of one operator. Slots index the plan's weights; -1 is none."""
+    """What a compiled backend needs of one operator. Slots index the weights; -1 is none."""
 
     kind: str
     weight_slot: int = -1
@@ -78,7 +78,7 @@ class OperatorTable:
 
 
 def operator_spec(operator: Operator, slots: dict[WeightRef, int]) -> OperatorSpec:
-    """The row description of one operator, or a composite row where only the reference can run it."""
+    """The description of one operator; composite where only the reference can run it."""
     primitive = operator.primitive if isinstance(operator, Region) else None
     if not isinstance(primitive, (Conv, Linear)):
         refs = weight_refs(operator)

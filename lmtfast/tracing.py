@@ -81,7 +81,7 @@ def export_program(model: nn.Module, input_shape: Shape) -> torch.export.Exporte
             "a model whose forward is one fixed program of its input tensor",
             f"{type(error).__name__}: {reason}",
             f"{type(model).__name__}.forward, input {('N', *input_shape)}",
-            "remove control flow that depends on values or on the batch size, and check input_shape; "
+            "remove control flow that depends on values or on the batch size, check input_shape; "
             "a part that cannot be exported can get its constant from lmtfast.register_rule",
         ) from error
 
@@ -146,7 +146,7 @@ class _Walk:
             raise self._refuse(name, "an input that is neither the tensor nor a parameter")
 
     def _output(self, node: torch.fx.Node, signature: Any) -> BoundGraph:
-        results = node.args[0]
+        results: Any = node.args[0]
         if len(results) != 1 or not isinstance(results[0], torch.fx.Node):
             raise self._refuse("output", f"{len(results)} outputs")
         value = self._lookup(results[0], None)
@@ -273,7 +273,7 @@ class _Walk:
     # -- modules with a rule of their own ----------------------------------------------------------
 
     def _registered_module(self, node: torch.fx.Node) -> tuple[str, nn.Module] | None:
-        """The outermost module with a rule of its own that the call lies in, with its call's key."""
+        """The outermost module with a rule of its own that the call lies in, and its key."""
         for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
             module = self.modules.get(str(path).split("@")[0])
             if module is not None and type(module) in MODULE_RULES:

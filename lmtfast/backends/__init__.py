@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Backends: which implementations there are, whether they can run here, and the choice between them."""
+"""Backends: which implementations there are, whether they run here, and which one is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lmtfast.errors import ArgumentError, BackendUnavailableError
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One backend: its name, what it runs, and a probe that says whether it can run here and why."""
+    """One backend: its name, what it runs, and a probe that says whether it can run here."""
 
     name: str
     provides: str
@@ -57,22 +57,34 @@ def register_backend(
     _REGISTRY[name] = BackendInfo(name, provides, probe, module)
 
 
-def available_backends() -> dict[str, str]:
-    """What there is and why not: backend name to ``"available: ..."`` or ``"unavailable: ..."``.
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run here, why (not), and which operations it provides."""
+
+    name: str
+    available: bool
+    reason: str
+    provides: str
+
+
+def available_backends() -> dict[str, BackendStatus]:
+    """What backends there are, whether each can run here, and why not.
+
+    Returns:
+        Name to :class:`BackendStatus`, in order of registration.
 
     Guarantee:
         None.
 
     Example:
         >>> import lmtfast as lf
-        >>> lf.available_backends()["reference"].split(":")[0]
-        'available'
+        >>> lf.available_backends()["reference"].available
+        True
     """
     report = {}
     for info in _REGISTRY.values():
         usable, reason = info.probe()
-        state = "available" if usable else "unavailable"
-        report[info.name] = f"{state}: {info.provides}" + (f" ({reason})" if reason else "")
+        report[info.name] = BackendStatus(info.name, usable, reason, info.provides)
     return report
 
 
@@ -97,7 +109,7 @@ def choose_backend(requested: str | None) -> str:
 
 
 def _reference() -> tuple[bool, str]:
-    return True, ""
+    return True, "always"
 
 
 def _native() -> tuple[bool, str]:

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtfast.graph import (
-    Average, Conv, Copy, Linear, Operator, Primitive, Region, Scale, Shape, WeightRef,
+    Average,
+    Conv,
+    Copy,
+    Linear,
+    Operator,
+    Primitive,
+    Region,
+    Scale,
+    Shape,
+    WeightRef,
 )  # fmt: skip
 from lmtfast.rules.copying import execute
 from lmtfast.weights import Weights
@@ -60,10 +69,11 @@ def identity_kernel(op: Conv | Linear, weight: Tensor) -> Tensor:
     delta = torch.zeros_like(weight)
     channels = torch.arange(weight.shape[0], device=weight.device)
     if isinstance(op, Linear):
-        delta[channels, channels] = 1.0
+        delta.fill_diagonal_(1.0)
     else:
         centre = tuple(low // d for (low, _), d in zip(op.padding, op.dilation, strict=True))
-        delta[(channels, channels % weight.shape[1], *centre)] = 1.0
+        at = (channels, channels % weight.shape[1], *(torch.full_like(channels, c) for c in centre))
+        delta.index_put_(at, delta.new_ones(()))
     return delta
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Engine ``operator``: power iteration on the true zero-padded, strided operator.
 
-The method of the LMT paper (Alg. 2): ``u = A v``, ``sigma = ||u||``, ``v <- A^T u / ||A^T u||``, on the
-layer's real height and width and with batch norm folded in. A lower estimate of the spectral norm.
+The method of the LMT paper (Alg. 2): ``u = A v``, ``sigma = ||u||``, ``v <- A^T u / ||A^T u||``,
+on the layer's real height and width and with batch norm folded in. A lower estimate of the
+spectral norm.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def state_size(region: Region) -> int:
 
 
 def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> Step:
-    """One power step. ``state`` is the packed iterate; returns sigma, the new iterate and ``(u, v)``."""
+    """One power step on the packed iterate; returns sigma, the new iterate and ``(u, v)``."""
     v = unit(state).reshape(reference.vector_shape(region))
     image = reference.matvec(region, weights, v)
     sigma = length(image)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Calls whose every output entry is one input entry or zero: views, pads, slices, repeats, shuffles.
+"""Calls whose every output entry is one input entry or zero: views, pads, slices, repeats,
+shuffles.
 
-No formula per call: the call is executed once on the numbers 1..n, which shows where each entry goes,
-that samples are not mixed, and how often the most copied entry occurs. Reflect, replicate and
+No formula per call: the call is executed once on the numbers 1..n, which shows where each entry
+goes, that samples are not mixed, and how often the most copied entry occurs. Reflect, replicate and
 circular padding, expand, repeat, nearest upsampling and pixel shuffle all come out exact this way.
 """
 
@@ -29,7 +30,8 @@ COPYING = (
     "aten.pixel_unshuffle.default", "aten.channel_shuffle.default", "aten.narrow.default",
     "aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest3d.vec",
     "aten.upsample_nearest1d.default", "aten.upsample_nearest2d.default",
-    "aten.upsample_nearest3d.default", "aten.swapaxes.default", "aten.native_channel_shuffle.default",
+    "aten.upsample_nearest3d.default", "aten.swapaxes.default",
+    "aten.native_channel_shuffle.default",
     "aten.reflection_pad1d.default", "aten.reflection_pad2d.default",
     "aten.replication_pad1d.default", "aten.replication_pad2d.default",
     "aten.rot90.default", "aten.tril.default", "aten.triu.default",
@@ -129,7 +131,9 @@ def identity(call: TracedCall) -> Value:
     return call.value("input" if "input" in call.arguments else "self")
 
 
-@operation_rule("aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.type_as.default")
+@operation_rule(
+    "aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.type_as.default"
+)
 def cast(call: TracedCall) -> Value:
     # Between floating types a cast is the identity of the real function; to integers it is a jump.
     dtype = call.get("dtype")
@@ -158,7 +162,7 @@ def slice_(call: TracedCall) -> Value:
     axis = call["dim"] % (len(value.shape) + 1) - 1
     start, stop, step = call["start"] or 0, call["end"], call["step"]
     if axis < 0:
-        if start == 0 and step == 1 and (stop is None or stop == INT64_MAX or stop == BATCH):
+        if start == 0 and step == 1 and (stop in (None, INT64_MAX, BATCH)):
             return value
         raise call.unsupported("it selects samples of the batch")
     length = value.shape[axis]
@@ -191,7 +195,7 @@ def split(call: TracedCall) -> tuple[Value, ...]:
     if call.target == "aten.unbind.int":
         sizes = [1] * value.shape[axis]
     else:
-        sizes = [shape[axis] for shape in call.out_shapes]
+        sizes = [shape[axis] for shape in call.out_shapes if shape is not None]
     parts, start = [], 0
     for size in sizes:
         parts.append(call.builder.slice(value, axis, start, start + size))
@@ -209,15 +213,13 @@ def index(call: TracedCall) -> Value:
     items = call[key] if key == "indices" else [call[key]]
     if any(isinstance(i, Value) for i in items):
         raise call.unsupported("the index depends on the input")
-    tensors = [None if i is None else call.tensor(i) for i in items]
     value = call.value("self")
-    if key == "index":
-        tensors = [None] * (call["dim"] % (len(value.shape) + 1)) + tensors
-    axes = [i for i, t in enumerate(tensors) if t is not None]
-    if len(axes) != 1 or axes[0] == 0 or tensors[axes[0]].ndim != 1:
+    skipped = call["dim"] % (len(value.shape) + 1) if key == "index" else 0
+    vectors = [(skipped + i, call.tensor(ref)) for i, ref in enumerate(items) if ref is not None]
+    if len(vectors) != 1 or vectors[0][0] == 0 or vectors[0][1].ndim != 1:
         raise call.unsupported("only one constant index vector, not along the batch, is supported")
-    where = tensors[axes[0]]
+    axis, where = vectors[0]
     where = where.nonzero().reshape(-1) if where.dtype == torch.bool else where.long()
-    where = where % value.shape[axes[0] - 1]
-    frozen = Call("aten.index_select.default", (INPUT, axes[0], constant_ref(where)))
+    where = where % value.shape[axis - 1]
+    frozen = Call("aten.index_select.default", (INPUT, axis, constant_ref(where)))
     return copy(call.builder, value, frozen, call.name, call)

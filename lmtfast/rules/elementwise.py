@@ -107,20 +107,22 @@ def celu(call: TracedCall) -> Value:
 
 @operation_rule("aten.softplus.default")
 def softplus(call: TracedCall) -> Value:
-    # The module switches to the identity at x = threshold / beta, a jump of log1p(exp(-beta
-    # threshold)) / beta: below beta * threshold = 20 the jump is no rounding error.
+    # The module switches to the identity where beta x > threshold, a jump of
+    # log1p(exp(-threshold)) / beta: a rounding error only if both bounds below hold.
     beta, threshold = float(call["beta"]), float(call["threshold"])
-    if not beta > 0 or threshold < 20.0:
+    if not beta > 0 or threshold < 20.0 or beta * threshold < 20.0:
         raise call.unsupported(
-            f"beta={beta}, threshold={threshold}: torch compares beta * x with threshold, and the "
-            "switch to the identity is a visible jump unless threshold >= 20 and beta > 0"
+            f"beta={beta}, threshold={threshold}: the switch to the identity is a visible "
+            "jump unless threshold >= 20 and beta * threshold >= 20"
         )
     return _apply(call, 1.0)
 
 
 @operation_rule("aten.prelu.default", "aten._prelu_kernel.default")
 def prelu(call: TracedCall) -> Value:
-    return call.builder.learned_slope(call.value("self"), call.name or "prelu", call.weight("weight"))
+    return call.builder.learned_slope(
+        call.value("self"), call.name or "prelu", call.weight("weight")
+    )
 
 
 @operation_rule("aten.sort.default", "aten.sort.stable", "aten.topk.default")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layers: convolutions, matrices, batch norm in its inference form, products with constants."""
+"""Linear layers: convolutions, matrices, batch norm in inference form, constant factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 
 from lmtfast.builder import Value
 from lmtfast.graph import (
-    BatchNormScale, ConstantRef, Conv, Derived, Linear, Scale, Shape, WeightRef,
+    BatchNormScale,
+    ConstantRef,
+    Conv,
+    Derived,
+    Linear,
+    Scale,
+    Shape,
+    WeightRef,
 )  # fmt: skip
 from lmtfast.rules.registry import REF_TYPES, TracedCall, operation_rule
 
@@ -48,7 +55,15 @@ def conv(call: TracedCall) -> Value:
     else:
         padding = tuple((p, p) for p in _per_axis(call["padding"], axes))
     primitive = Conv(
-        call.name, value.shape, call.out_shape, weight, kernel, stride, padding, dilation, call["groups"]
+        call.name,
+        value.shape,
+        call.out_shape,
+        weight,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        call["groups"],
     )
     return call.builder.linear(value, primitive)
 
@@ -84,7 +99,9 @@ def linear(call: TracedCall) -> Value:
 def addmm(call: TracedCall) -> Value:
     # beta * bias + alpha * x @ mat2 with constant bias and mat2.
     call.weight("self")
-    return _matrix(call, call.value("mat1"), _transposed(call.weight("mat2")), scaled(call, call["alpha"]))
+    return _matrix(
+        call, call.value("mat1"), _transposed(call.weight("mat2")), scaled(call, call["alpha"])
+    )
 
 
 @operation_rule("aten.mm.default", "aten.matmul.default")

@@ -56,7 +56,9 @@ def _exact_power(value: float) -> float | None:
     return value if math.frexp(value)[0] == 0.5 else None
 
 
-def _windows(length: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+def _windows(
+    length: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int
+) -> int:
     """How many windows the most covered entry of one axis lies in."""
     counts = [0] * length
     for o in range(outputs):

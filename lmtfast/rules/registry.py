@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of Lipschitz rules: one per ATen operation, or per module class. Nothing has a default."""
+"""The table of Lipschitz rules, per ATen operation or module class. Nothing has a default."""
 
 from __future__ import annotations
 
@@ -116,10 +116,12 @@ def register_rule(
         ArgumentError: ``layer`` is neither, or already has a rule.
 
     Guarantee:
-        Only as good as the rule: a constant that is too small makes every bound of the network wrong.
+        Only as good as the rule: a constant that is too small makes every bound of the network
+            wrong.
 
     Source:
-        Composition rules: Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, section 5 and appendix B.
+        Composition rules: Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, section 5 and appendix
+            B.
 
     Example:
         >>> import torch
