@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmtfast.composing import SQRT2_UP
+from lmtfast.errors import ShapeError
 from lmtfast.verified.rounding import mul_up, prescale, times_power_of_two
 
 LEVELS = ("estimate", "probabilistic", "rigorous")
@@ -72,7 +73,10 @@ class LipschitzBound:
     def pairs(self) -> Tensor:
         """Constants of the differences ``f_i - f_j``. Shape ``(K, K)``, zero diagonal; lazy."""
         if self.classes is None:
-            raise ValueError("the output is not one vector of logits per sample")
+            raise ShapeError(
+                "one vector of logits per sample", "an output of another shape", "LipschitzBound.pairs",
+                "use total, which bounds outputs of any shape",
+            )  # fmt: skip
         norms = self.pair_norms(torch.arange(self.classes))
         scale = self.features if self.head_weight is not None else self.total
         if self.level == "estimate":

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,13 +110,8 @@ class NetworkBound(nn.Module):
                         "batch norms that are modules", f"a functional one at {ref.module!r}",
                         "NetworkBound(batch_norm='batch')", "use batch_norm='running'",
                     )  # fmt: skip
-                modules[ref.module].register_forward_pre_hook(partial(self._record, ref.module))
-
-    def _record(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if module.training and self._batch_variance is not None:
-            x = inputs[0]
-            axes = [d for d in range(x.ndim) if d != 1]
-            self._batch_variance[name] = x.float().var(dim=axes, unbiased=False)
+                hook = partial(_record_variance, self._batch_variance, ref.module)
+                modules[ref.module].register_forward_pre_hook(hook)
 
     def _weights(self) -> Weights:
         model = self._model[0]
@@ -179,6 +173,16 @@ class NetworkBound(nn.Module):
 
     def extra_repr(self) -> str:
         return f"operators={len(self.plan.operators)}, backend={self.plan.backend!r}"
+
+
+def _record_variance(
+    store: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    # A function of the store alone: copying the model must not drag the bound along.
+    if module.training:
+        x = inputs[0]
+        x = x if x.dtype == torch.float64 else x.float()
+        store[name] = x.var(dim=[d for d in range(x.ndim) if d != 1], unbiased=False)
 
 
 def head_matrix(plan: BoundPlan, weights: Weights) -> Tensor:

@@ -37,6 +37,13 @@ class TracedModel:
     graph: BoundGraph
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """A result that is no Lipschitz function of the input (indices, statistics): refused on use."""
+
+    target: str
+
+
 @contextmanager
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode and every module back to its own mode afterwards."""
@@ -188,6 +195,8 @@ class _Walk:
             raise call.unsupported("there is no rule for it")
         result = rule(call)
         self._check_shape(call, result)
+        if isinstance(result, tuple):
+            return tuple(Unusable(target) if part is None else part for part in result)
         return result
 
     def _check_shape(self, call: TracedCall, result: Any) -> None:
@@ -230,7 +239,10 @@ class _Walk:
             if inside is not None and inside[0] == path:
                 return value
             return self._leave(source, path, value)
-        return self.env[source]
+        found = self.env[source]
+        if isinstance(found, Unusable):
+            raise self._refuse(source.name, f"a side result of {found.target}, such as indices")
+        return found
 
     def _out_shapes(self, node: torch.fx.Node, name: str) -> tuple[Shape | None, ...]:
         val = node.meta.get("val")
