@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lmtfast.backends import native
-from lmtfast.errors import ArgumentError, DtypeError, ShapeError
+from lmtfast.errors import ArgumentError, BackendUnavailableError, DtypeError, ShapeError
 
 MEMBERS = ["lmt", "lmt++", "emma", "gloro"]
 DTYPES = [torch.float32, torch.float64]
@@ -198,6 +198,19 @@ def test_nan_is_never_hidden(member, k):
         assert torch.equal(loss.isnan(), torch.tensor([False, False, True, False]))
 
 
+@pytest.mark.parametrize("member", MEMBERS)
+def test_entry_at_the_reference_class_is_ignored(member):
+    (logits, target, _, _, c), grad_loss = make_problem(17, 10, torch.float32)
+    reference = logits.argmax(1) if member == "gloro" else target
+    rows = torch.rand(10, 10).fill_diagonal_(0.0)
+    poisoned = rows.clone().fill_diagonal_(math.nan)
+    clean = compiled(member, (logits, target, reference, rows, c), grad_loss)
+    same = compiled(member, (logits, target, reference, poisoned, c), grad_loss)
+    for got, want in zip(same, clean, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(clean[2].diagonal(), torch.zeros(10))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("member", MEMBERS)
 def test_empty_batch(member, dtype):
@@ -278,5 +291,16 @@ def test_errors_name_the_argument():
         call("lmt", logits, -1 - target, row_index, rows, c)
 
 
-def test_available():
+def test_available(monkeypatch: pytest.MonkeyPatch):
     assert native.available() == (True, "")
+    monkeypatch.setattr(native, "_unavailable", "the compiled core is missing")
+    assert native.available() == (False, "the compiled core is missing")
+    problem, _ = make_problem(4, 3, torch.float32)
+    with pytest.raises(BackendUnavailableError, match="the compiled core is missing"):
+        native.margin_forward("lmt", *problem)
+
+
+def test_a_tensor_elsewhere_is_refused():
+    problem, _ = make_problem(4, 3, torch.float32)
+    with pytest.raises(BackendUnavailableError, match="logits"):
+        native.margin_forward("lmt", problem[0].to("meta"), *problem[1:])

@@ -206,7 +206,7 @@ LMTFAST_INLINE T backward_row(lmtfast_margin_member member, const Row<T>& row, T
       const T s = class_ratio(zt - row.z[j], row.c * row.b[j]);
       const double share = static_cast<double>(j == row.t ? T(0) : s * dz[j]);
       gathered[j] += gc * share;
-      total += share * static_cast<double>(row.b[j]);
+      total += share * static_cast<double>(j == row.t ? T(0) : row.b[j]);
     }
   } else {
     const double factor = gc * static_cast<double>(scale);
@@ -214,7 +214,7 @@ LMTFAST_INLINE T backward_row(lmtfast_margin_member member, const Row<T>& row, T
     for (int32_t j = 0; j < row.k; ++j) {
       const double share = static_cast<double>(j == row.t ? T(0) : dz[j]);
       gathered[j] += factor * share;
-      total += share * static_cast<double>(row.b[j]);
+      total += share * static_cast<double>(j == row.t ? T(0) : row.b[j]);
     }
     total *= static_cast<double>(scale);
   }
