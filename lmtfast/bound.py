@@ -74,8 +74,8 @@ class LipschitzBound:
         """Constants of the differences ``f_i - f_j``. Shape ``(K, K)``, zero diagonal; lazy."""
         if self.classes is None:
             raise ShapeError(
-                "one vector of logits per sample", "an output of another shape", "LipschitzBound.pairs",
-                "use total, which bounds outputs of any shape",
+                "one vector of logits per sample", "an output of another shape",
+                "LipschitzBound.pairs", "use total, which bounds outputs of any shape",
             )  # fmt: skip
         norms = self.pair_norms(torch.arange(self.classes))
         scale = self.features if self.head_weight is not None else self.total

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 
@@ -61,6 +62,11 @@ class BoundPlan:
     @property
     def operators(self) -> tuple[Operator, ...]:
         return self.graph.operators
+
+    @cached_property
+    def operator_slots(self) -> tuple[tuple[WeightRef, ...], ...]:
+        """The weights each operator reads."""
+        return tuple(weight_refs(operator) for operator in self.operators)
 
     @property
     def fingerprint(self) -> str:

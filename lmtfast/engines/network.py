@@ -12,7 +12,7 @@ from torch import Tensor
 from lmtfast.backends.reference import Leaves
 from lmtfast.engines import get_engine
 from lmtfast.engines.step import Saved
-from lmtfast.graph import Operator, Region, Slope, WeightRef, weight_refs
+from lmtfast.graph import Operator, Region, Slope, WeightRef
 from lmtfast.state import PowerState
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def spectral_vjp(
     asked = {ref for ref, want in zip(plan.slots, wanted, strict=True) if want}
     total: dict[WeightRef, Tensor] = {}
     for i, (operator, name) in enumerate(zip(plan.operators, plan.engines, strict=True)):
-        refs = weight_refs(operator)
+        refs = plan.operator_slots[i]
         if not asked.intersection(refs):
             continue
         if name == CLOSED_FORM or not isinstance(operator, Region):
