@@ -119,7 +119,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], *, wher
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]
 ) -> dict[str, torch.Tensor]:
     """The optimiser's state tensors, named ``optimizer/<parameter>/<key>``."""
     return {
@@ -305,7 +305,7 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = tensors[name]
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
-            sha.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -330,6 +330,6 @@ def _safetensors() -> ModuleType:
         import safetensors.torch as library
     except ImportError as error:
         raise MissingDependencyError(
-            "safetensors", "not installed", "lmtfast.checkpoint", 'pip install "lmtfast[train]"'
+            "safetensors", "not installed", "lmtfast.checkpoint", 'pip install "lmtfast[cli]"'
         ) from error
     return library

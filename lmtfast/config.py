@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import sys
@@ -18,10 +19,8 @@ from typing import Any
 from lmtfast.errors import ConfigError
 from lmtfast.losses import MEMBERS, ConstantSchedule, LinearSchedule, LogSchedule, Schedule
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+# The same parser under two names: tomli joined the standard library in Python 3.11.
+tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "method": ("plain", "lmt"),
@@ -79,6 +78,8 @@ class TrainConfig:
         scaling: Member of the loss family, as in :func:`lmtfast.margin_cross_entropy`.
         trades_weight: Weight of the divergence with ``scaling = "trades"``.
         engine: Engine of :class:`lmtfast.NetworkBound`.
+        power_steps: Power iterations of the bound per training step; the paper takes one. More let
+            the estimate lag less behind the moving weights.
         batch_norm: Which statistics the bound folds while training.
         device: Where to train, for example ``"cpu"`` or ``"cuda:0"``.
         log_every: Steps between two transfers of the loss values from the device.
@@ -120,6 +121,7 @@ class TrainConfig:
     scaling: str = "lmt++"
     trades_weight: float = 1.0
     engine: str = "operator"
+    power_steps: int = 1
     batch_norm: str = "running"
     device: str = "cpu"
     log_every: int = 100
@@ -315,7 +317,7 @@ def _check_values(config: TrainConfig) -> None:
     for name, legal in CHOICES.items():
         if getattr(config, name) not in legal:
             raise _wrong(name, f"one of {', '.join(map(repr, legal))}", getattr(config, name))
-    for name in ("epochs", "batch_size", "log_every"):
+    for name in ("epochs", "batch_size", "log_every", "power_steps"):
         if getattr(config, name) < 1:
             raise _wrong(name, "at least 1", getattr(config, name))
     for name in ("lr", "lr_factor"):

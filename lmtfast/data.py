@@ -135,11 +135,14 @@ def load_dataset(source: str | Path, *, input_range: tuple[float, float] = (0.0,
             "'digits', a .npz file or a directory of IDX files",
             f"{path} (not found or another kind)",
         )
-    tensors = {
-        k: (_images if k.startswith("x") else _labels)(f"{path.name}: {k}", a)
-        for k, a in arrays.items()
-    }
-    return Dataset(**tensors, name=path.stem, input_range=input_range)
+    return Dataset(
+        x_train=_images(f"{path.name}: x_train", arrays["x_train"]),
+        y_train=_labels(f"{path.name}: y_train", arrays["y_train"]),
+        x_test=_images(f"{path.name}: x_test", arrays["x_test"]),
+        y_test=_labels(f"{path.name}: y_test", arrays["y_test"]),
+        name=path.stem,
+        input_range=input_range,
+    )
 
 
 def epoch_order(samples: int, *, seed: int, epoch: int) -> torch.Tensor:
@@ -274,7 +277,10 @@ def _digits() -> Dataset:
     test = np.zeros(len(y), dtype=bool)
     for label in range(10):
         test[np.flatnonzero(y == label)[::DIGITS_TEST_EVERY]] = True
-    parts = [
-        torch.from_numpy(np.ascontiguousarray(a)) for a in (x[~test], y[~test], x[test], y[test])
-    ]
-    return Dataset(*parts, name="digits")
+    return Dataset(
+        x_train=torch.from_numpy(x[~test]),
+        y_train=torch.from_numpy(y[~test]),
+        x_test=torch.from_numpy(x[test]),
+        y_test=torch.from_numpy(y[test]),
+        name="digits",
+    )

@@ -163,8 +163,8 @@ class _Run:
             options=config.model_options,
         ).to(device)
         self.bound = self._network_bound() if config.method == "lmt" else None
-        self.names = {p: n for n, p in self.model.named_parameters()}
-        self.optimizer = _optimizer(config, list(self.names), device)
+        self.names: dict[torch.Tensor, str] = {p: n for n, p in self.model.named_parameters()}
+        self.optimizer = _optimizer(config, list(self.model.parameters()), device)
         self.steps_per_epoch = math.ceil(len(self.x) / config.batch_size)
         self.epoch = 0
         self.losses: list[float] = []
@@ -227,6 +227,10 @@ class _Run:
     def _loss(self, logits: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
         if self.bound is None:
             return functional.cross_entropy(logits, y)
+        if self.config.power_steps > 1:
+            with torch.no_grad():
+                for _ in range(self.config.power_steps - 1):
+                    self.bound()
         return margin_cross_entropy(
             logits,
             y,

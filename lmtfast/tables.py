@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Tables for the terminal: certificates, layers, versions and backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lmtfast.certificate import Certificate
+    from lmtfast.layer_bounds import LayerBounds
+
+PACKAGES = (
+    "lmtfast",
+    "torch",
+    "numpy",
+    "safetensors",
+    "typer",
+    "rich",
+    "matplotlib",
+    "scikit-learn",
+)
+
+
+def certificate_table(
+    certificates: Mapping[str, Certificate], radii: Sequence[float], *, title: str
+) -> Table:
+    """One row per certificate: clean accuracy, certified accuracy at each radius, median radius."""
+    table = Table(title=title)
+    for column in ("training", "inputs", "clean", *(f"at {radius:g}" for radius in radii)):
+        table.add_column(column, justify="left" if column == "training" else "right")
+    table.add_column("median radius", justify="right")
+    table.add_column("level")
+    for name, certificate in certificates.items():
+        table.add_row(
+            name,
+            str(len(certificate.radius)),
+            _percent(float(np.mean(np.asarray(certificate.correct)))),
+            *(_percent(float(certificate.certified_accuracy(radius))) for radius in radii),
+            f"{float(certificate.median_radius):.4f}",
+            certificate.level,
+        )
+    table.caption = (
+        "certified accuracy: correct, and no L2 perturbation up to the radius changes the class"
+    )
+    return table
+
+
+def layer_table(result: LayerBounds) -> Table:
+    """One row per operator, the bound of the network below."""
+    bound = result.bound
+    table = Table(title=f"Spectral norms, level {bound.level} ({bound.method})")
+    for column in ("name", "kind", "input", "output"):
+        table.add_column(column, overflow="fold")
+    for column in ("norm", "Cor. 1", "Cisse"):
+        table.add_column(column, justify="right")
+    table.add_column("method", overflow="fold")
+    for layer in result.layers:
+        table.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.in_shape)),
+            "x".join(map(str, layer.out_shape)),
+            f"{layer.norm:.6g}",
+            *("" if v is None else f"{v:.6g}" for v in (layer.corollary_1, layer.cisse)),
+            layer.method,
+        )
+    table.caption = (
+        f"L2 Lipschitz constant {float(bound.total):.6g}, "
+        f"up to the head {float(bound.features):.6g}; {result.seconds:.1f} s"
+    )
+    return table
+
+
+def version_table() -> Table:
+    """Versions of what the library works with."""
+    table = Table(title="Versions")
+    table.add_column("package")
+    table.add_column("version")
+    table.add_row("Python", platform.python_version())
+    for package in PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        table.add_row(package, version)
+    return table
+
+
+def backend_table() -> Table:
+    """Every backend, whether it can run here, and why not."""
+    from lmtfast import available_backends
+
+    table = Table(title="Backends")
+    for column in ("backend", "available", "reason"):
+        table.add_column(column, overflow="fold")
+    for entry in available_backends().values():
+        table.add_row(entry.name, "yes" if entry.available else "no", entry.reason)
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.2f} %"
