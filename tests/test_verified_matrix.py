@@ -17,6 +17,7 @@ from lmtfast.verified import residual
 from lmtfast.verified.matrix import complex_matrix_norm_upper, matrix_norm_upper
 from tests.oracles import (
     complex_norm_is_at_most,
+    conv_matrix,
     norm_is_at_most,
     rayleigh_exceeds,
     svd_norm,
@@ -334,6 +335,14 @@ def test_a_lying_estimate_cannot_lower_the_bound(
 def test_tightness(size: tuple[int, int], excess: float) -> None:
     matrix = np.random.default_rng(9).standard_normal(size)
     assert upper(matrix) <= svd_norm(matrix) * (1 + excess)
+
+
+def test_tightness_where_lanczos_does_not_converge() -> None:
+    """A long image: the top of the spectrum is a cluster with gaps near 1e-6."""
+    matrix = conv_matrix(np.array([[[1.0, 2.0, 1.5]]]), (1, 800), 1, 1)
+    bound = upper(matrix)
+    assert not rayleigh_exceeds(matrix, bound)
+    assert bound <= svd_norm(matrix) * (1 + 1e-9)
 
 
 @pytest.mark.slow

@@ -71,6 +71,9 @@ BLOCK = 512
 # bound memory for any batch.
 CHUNK_ENTRIES = 1 << 21
 _EIGH_LIMIT = 640  # below, a full eigensolver costs less than Lanczos to convergence
+# Long images give top eigenvalues too close for Lanczos; up to here the eigensolver takes seconds.
+_EIGH_FALLBACK = 4096
+_CONVERGED = 2.0**-34  # relative error of a Lanczos value that spares the eigensolver
 _ROUGH_STEPS = 12  # enough to rank the members of a batch
 _ATTEMPTS = 40
 _WIDEN = 8.0
@@ -278,12 +281,13 @@ class ResidualSweep:
         else:
             winner = int(diagonal.amax(-1).argmax())
         gram = gram[winner]
-        if m <= _EIGH_LIMIT:
-            return float(torch.linalg.eigvalsh(gram)[-1])
-        theta, error = top_eigenvalue(
-            lambda v: v @ gram.mT, 1, m, dtype=gram.dtype, device=gram.device
-        )
-        return float(theta + error)
+        if m > _EIGH_LIMIT:
+            theta, error = top_eigenvalue(
+                lambda v: v @ gram.mT, 1, m, dtype=gram.dtype, device=gram.device
+            )
+            if m > _EIGH_FALLBACK or bool(error <= _CONVERGED * theta):
+                return float(theta + error)
+        return float(torch.linalg.eigvalsh(gram)[-1])
 
 
 def chunk_size(m: int, n: int) -> int:

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 import torch
 
 from lmtfast.errors import DtypeError, NonFiniteError
-from lmtfast.verified.arithmetic import ensure_arithmetic, self_test
+from lmtfast.verified.arithmetic import ensure_arithmetic as ensure_arithmetic
+from lmtfast.verified.arithmetic import self_test as self_test
 
 UNIT_ROUNDOFF = 2.0**-53
 # Bounds the absolute rounding error of one product or fused multiply-add that underflows. The IEEE
@@ -363,39 +364,3 @@ def frobenius_up(tensor: torch.Tensor) -> float:
         add_up(sqrt_up(largest_square_sum(scaled.reshape(1, -1))), prescale_loss(tensor.numel())),
         exponent,
     )
-
-
-__all__ = [
-    "UNDERFLOW",
-    "UNIT_ROUNDOFF",
-    "add_down",
-    "add_up",
-    "div_down",
-    "div_up",
-    "ensure_arithmetic",
-    "frobenius_up",
-    "gamma_up",
-    "hypot_down",
-    "hypot_up",
-    "inflate",
-    "largest_square_sum",
-    "magnitude",
-    "mul_down",
-    "mul_up",
-    "next_down",
-    "next_up",
-    "prescale",
-    "prescale_loss",
-    "ratio_down",
-    "ratio_up",
-    "require_float64",
-    "scale_up",
-    "self_test",
-    "sqrt_down",
-    "sqrt_up",
-    "sub_down",
-    "sub_up",
-    "sum_down",
-    "sum_up",
-    "times_power_of_two",
-]
