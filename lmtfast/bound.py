@@ -51,7 +51,7 @@ class LipschitzBound:
     Example:
         >>> import torch
         >>> import lmtfast as lf
-        >>> bound = lf.certified_bound(torch.nn.Linear(3, 2), (3,))
+        >>> bound = lf.certified_bound(torch.nn.Linear(3, 2).eval(), (3,))
         >>> bound.level, tuple(bound.pairs.shape)
         ('rigorous', (2, 2))
     """

@@ -148,8 +148,11 @@ class TrainConfig:
             :mod:`lmtfast.losses.schedule`.
 
         Example:
-            >>> TrainConfig(eps=0.01, eps_schedule="linear", eps_start=1e-5,
-            eps_ramp_epochs=5).eps_at(2.5) 0.005005
+            >>> config = TrainConfig(
+            ...     eps=0.01, eps_schedule="linear", eps_start=1e-5, eps_ramp_epochs=5
+            ... )
+            >>> config.eps_at(2.5)
+            0.005005
         """
         return self._schedule(epoch)
 

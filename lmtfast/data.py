@@ -169,8 +169,10 @@ def batches(
     """The batches of one epoch, in :func:`epoch_order`; the last one may be smaller.
 
     Example:
-        >>> [len(b) for b, _ in batches(torch.zeros(5, 1), torch.zeros(5), batch_size=2, seed=0,
-        epoch=0)] [2, 2, 1]
+        >>> x, y = torch.zeros(5, 1), torch.zeros(5)
+        >>> x, y = torch.zeros(5, 1), torch.zeros(5)
+        >>> [len(part) for part, _ in batches(x, y, batch_size=2, seed=0, epoch=0)]
+        [2, 2, 1]
     """
     order = epoch_order(len(x), seed=seed, epoch=epoch).to(x.device)
     for part in order.split(batch_size):

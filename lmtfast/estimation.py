@@ -57,8 +57,8 @@ class NetworkBound(nn.Module):
     Example:
         >>> import torch
         >>> import lmtfast as lf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8,
-        3))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> bound = lf.NetworkBound(model, (4,))
         >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
         >>> loss = lf.margin_cross_entropy(model(x), y, bound(), eps=36 / 255)

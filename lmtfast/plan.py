@@ -172,8 +172,8 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> BoundPlan:
     Example:
         >>> import torch
         >>> import lmtfast as lf
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(),
-        torch.nn.Flatten())
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
         >>> print(lf.trace(model, (3, 8, 8)).operators[0].kind)
         conv
     """

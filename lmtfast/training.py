@@ -112,8 +112,10 @@ def train(
     Example:
         >>> from lmtfast.data import load_dataset
         >>> from lmtfast.recipes import load_recipe
-        >>> train(load_recipe("digits-lmt"), load_dataset("digits"), out="runs/digits")  # doctest:
-        +SKIP
+        >>> config = load_recipe("digits-lmt", epochs=1)
+        >>> result = train(config, load_dataset("digits"), out="runs/digits")
+        >>> result.history[-1]["test_accuracy"] > 0.5
+        True
     """
     started = time.perf_counter()
     directory = None if out is None else Path(out)

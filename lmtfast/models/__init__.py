@@ -79,8 +79,10 @@ def build_model(
         None.
 
     Example:
-        >>> build_model("kolter-wong", input_shape=(1, 28, 28), classes=10)(torch.zeros(2, 1, 28,
-        28)).shape torch.Size([2, 10])
+        >>> import torch
+        >>> model = build_model("kolter-wong", input_shape=(1, 28, 28), classes=10)
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
     factory = MODELS[name] if name in MODELS else import_callable(name)
     offered = {"input_shape": tuple(input_shape), "classes": classes}
