@@ -37,8 +37,7 @@ class LayerBound:
         norm: Its spectral norm at the level of the table.
         method: How that was obtained.
         corollary_1: Cor. 1 of the LMT paper: root of the largest number of windows over one entry,
-        times the norm
-            of the kernel as a matrix. Convolutions only.
+            times the norm of the kernel as a matrix. Convolutions only.
         cisse: The bound of Cisse et al.: root of the kernel's size instead. Convolutions only.
 
     Source:

@@ -80,17 +80,10 @@ def plot_certificates(
     end = 0.0
     for name, certificate in named.items():
         radii, accuracy = certified_curve(certificate)
-        (line,) = axes.step(radii, 100.0 * accuracy, where="post", label=f"{name}, certified")
         clean = 100.0 * float(np.mean(np.asarray(certificate.correct)))
+        label = f"{name}, {clean:.1f} % correct"
+        (line,) = axes.step(radii, 100.0 * accuracy, where="post", label=label)
         axes.plot(0.0, clean, marker="o", clip_on=False, zorder=3, color=line.get_color())
-        axes.annotate(
-            f"clean {clean:.1f} %",
-            (0.0, clean),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize="small",
-            color=line.get_color(),
-        )
         tail = radii[accuracy > TAIL]
         end = max(end, float(tail[-1]) if len(tail) else 0.0)
     for mark in marks:

@@ -113,7 +113,7 @@ def train(
         >>> from lmtfast.data import load_dataset
         >>> from lmtfast.recipes import load_recipe
         >>> config = load_recipe("digits-lmt", epochs=1)
-        >>> result = train(config, load_dataset("digits"), out="runs/digits")
+        >>> result = train(config, load_dataset("digits"))
         >>> result.history[-1]["test_accuracy"] > 0.5
         True
     """
