@@ -54,6 +54,49 @@ def top_eigenvalue(
         >>> float(top_eigenvalue(lambda v: v @ matrix, 1, 2)[0]) <= 3.0 + 1e-12
         True
     """
+    theta, error, _ = _lanczos(apply, batch, dimension, dtype, device, steps, tolerance)
+    return theta, error
+
+
+def top_eigenvector(
+    apply: Callable[[torch.Tensor], torch.Tensor],
+    dimension: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    steps: int = 300,
+    tolerance: float = 2.0**-36,
+) -> torch.Tensor:
+    """Estimate a unit eigenvector of the largest eigenvalue; arguments as for one operator above.
+
+    Returns:
+        Shape ``(dimension,)``, real or complex as ``dtype`` says.
+
+    Guarantee:
+        None (estimate).
+
+    Source:
+        As :func:`top_eigenvalue`.
+
+    Example:
+        >>> matrix = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
+        >>> top_eigenvector(lambda v: v @ matrix, 2).abs().round().tolist()
+        [0.0, 1.0]
+    """
+    vector = _lanczos(apply, 1, dimension, dtype, device, steps, tolerance)[2]
+    return vector[0]
+
+
+def _lanczos(
+    apply: Callable[[torch.Tensor], torch.Tensor],
+    batch: int,
+    dimension: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    steps: int,
+    tolerance: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ritz values ``(batch,)``, guessed errors and unit Ritz vectors ``(batch, dimension)``."""
     steps = min(steps, dimension)
     generator = fresh_generator(device)
     v = torch.randn(batch, dimension, dtype=dtype, device=device, generator=generator)
@@ -80,7 +123,11 @@ def top_eigenvalue(
         v = torch.where(
             alive.unsqueeze(1), w / beta.clamp_min(2.0**-900).unsqueeze(1), torch.zeros_like(w)
         )
-    return theta, error
+    taken = tridiagonal[:, : k + 1, : k + 1]
+    weights = torch.linalg.eigh(taken).eigenvectors[:, :, -1].to(dtype)
+    vectors = (weights.unsqueeze(1) @ basis[:, : k + 1]).squeeze(1)
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return theta, error, vectors / length.clamp_min(2.0**-900)
 
 
 def _ritz(tridiagonal: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
