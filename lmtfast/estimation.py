@@ -16,7 +16,7 @@ from lmtfast.backends.reference import effective_weight
 from lmtfast.bound import LipschitzBound
 from lmtfast.composing import as_scalar, compose
 from lmtfast.engines import get_engine
-from lmtfast.engines.network import state_sizes
+from lmtfast.engines.network import rescan_parts, state_sizes
 from lmtfast.errors import ArgumentError, StalePlanError
 from lmtfast.graph import BatchNormScale, Linear, Region
 from lmtfast.plan import BoundPlan, make_plan
@@ -130,6 +130,9 @@ class NetworkBound(nn.Module):
             batch_variance=self._batch_variance,
         )
 
+    def _tensors(self, weights: Weights) -> list[Tensor]:
+        return [weights[ref] for ref in self.plan.slots]
+
     def forward(self, update: bool = True) -> LipschitzBound:
         """Estimate the bound at the present weights.
 
@@ -145,7 +148,7 @@ class NetworkBound(nn.Module):
         """
         with torch.autocast(self.state.iterates.device.type, enabled=False):
             weights = self._weights()
-            tensors = [weights[ref] for ref in self.plan.slots]
+            tensors = self._tensors(weights)
             sigmas = SpectralNorms.apply(self.plan, self.state, update, *tensors)
             values = compose(self.plan.graph.tape, sigmas)
             head_weight = None
@@ -165,8 +168,20 @@ class NetworkBound(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
+    def rescan(self) -> LipschitzBound:
+        """Search afresh at the present weights: Lanczos, or a scan of all frequencies.
+
+        Power iteration follows a drifting maximum but can miss another one that overtakes it; a
+        rescan every few hundred steps finds that one. It costs many power steps and waits for the
+        device.
+        """
+        tensors = self._tensors(self._weights())
+        self.state.advance(rescan_parts(self.plan, self.state, tensors))
+        return self(update=False)
+
+    @torch.no_grad()
     def converge(self, n_iter: int = 200) -> LipschitzBound:
-        """Take ``n_iter`` power steps at fixed weights; returns the last estimate."""
+        """Take ``n_iter`` power steps at the present weights; returns the estimate after them."""
         for _ in range(n_iter):
             self(update=True)
         return self(update=False)

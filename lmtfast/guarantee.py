@@ -38,7 +38,6 @@ from lmtfast.verified.rounding import gamma_up, next_up
 from lmtfast.weights import Weights, named_tensors
 
 DELTA = 2.0**-100
-CONVERGED = 200
 
 
 def check_level(level: str, method: str = "auto") -> None:
@@ -126,7 +125,7 @@ def certified_bound(
     check_level(level, method)
     check_certifiable(model)
     if level == "estimate":
-        return NetworkBound(model, input_shape).converge(CONVERGED)
+        return NetworkBound(model, input_shape, engine="operator").rescan()
     graph = trace_model(model, input_shape).graph
     plan = make_plan(model, graph, engine="operator", backend="reference")
     return plan_bound(plan, model, level=level, delta=delta, method=method)
@@ -253,7 +252,7 @@ def spectral_norm(
     if level != "estimate":
         return plan_bound(plan, module, level=level, delta=delta)
     estimate = NetworkBound(module, input_shape, engine="operator")
-    estimate.converge(CONVERGED)
+    estimate.rescan()
     return estimate(update=False)
 
 

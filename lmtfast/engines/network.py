@@ -53,6 +53,18 @@ def spectral_step(
     return torch.stack(sigmas) if sigmas else state.iterates.new_zeros(0), saved
 
 
+def rescan_parts(plan: BoundPlan, state: PowerState, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Fresh states found by a full search at the present weights, one per operator."""
+    weights = Leaves(dict(zip(plan.slots, tensors, strict=True)))
+    parts = []
+    for i, (operator, name) in enumerate(zip(plan.operators, plan.engines, strict=True)):
+        part = state.slice(i).clone()
+        if name != CLOSED_FORM and isinstance(operator, Region):
+            part = get_engine(name).rescan(operator, weights, part)
+        parts.append(part)
+    return parts
+
+
 def spectral_vjp(
     plan: BoundPlan,
     tensors: Sequence[Tensor],

@@ -13,9 +13,13 @@ from torch import Tensor
 from lmtfast.backends import reference
 from lmtfast.engines.step import Saved, Step, length, unit
 from lmtfast.graph import Region, WeightRef
+from lmtfast.verified.lanczos import top_eigenvector
 from lmtfast.weights import Weights
 
 name = "operator"
+
+# Relative error of sigma^2 at which Lanczos stops: far below what a training step changes.
+RESCAN_TOLERANCE = 1e-9
 
 
 def refusal(region: Region) -> str | None:
@@ -36,6 +40,19 @@ def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> St
     u = unit(image)
     new = unit(reference.rmatvec(region, weights, u)).reshape(-1) if update else state
     return Step(sigma, new, (u, v))
+
+
+def rescan(region: Region, weights: Weights, state: Tensor) -> Tensor:
+    """A converged iterate from a fresh start, by Lanczos on ``A^T A``; syncs with the host."""
+    shape = reference.vector_shape(region)
+
+    def gram(x: Tensor) -> Tensor:
+        image = reference.matvec(region, weights, x.reshape(shape))
+        return reference.rmatvec(region, weights, image).reshape(1, -1)
+
+    return top_eigenvector(
+        gram, state.numel(), dtype=state.dtype, device=state.device, tolerance=RESCAN_TOLERANCE
+    )
 
 
 def vjp(region: Region, tensors: dict[WeightRef, Tensor], saved: Saved) -> dict[WeightRef, Tensor]:
