@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def certificate_table(
     certificates: Mapping[str, Certificate], radii: Sequence[float], *, title: str
 ) -> Table:
     """One row per certificate: clean accuracy, certified accuracy at each radius, median radius."""
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for column in ("training", "inputs", "clean", *(f"at {radius:g}" for radius in radii)):
         table.add_column(column, justify="left" if column == "training" else "right")
     table.add_column("median radius", justify="right")
@@ -54,7 +55,7 @@ def certificate_table(
 def layer_table(result: LayerBounds) -> Table:
     """One row per operator, the bound of the network below."""
     bound = result.bound
-    table = Table(title=f"Spectral norms, level {bound.level} ({bound.method})")
+    table = Table(title=f"Spectral norms, level {bound.level}", box=box.SIMPLE_HEAD)
     for column in ("name", "kind", "input", "output"):
         table.add_column(column, overflow="fold")
     for column in ("norm", "Cor. 1", "Cisse"):
@@ -66,8 +67,8 @@ def layer_table(result: LayerBounds) -> Table:
             layer.kind,
             "x".join(map(str, layer.in_shape)),
             "x".join(map(str, layer.out_shape)),
-            f"{layer.norm:.6g}",
-            *("" if v is None else f"{v:.6g}" for v in (layer.corollary_1, layer.cisse)),
+            f"{layer.norm:.5g}",
+            *("" if v is None else f"{v:.5g}" for v in (layer.corollary_1, layer.cisse)),
             layer.method,
         )
     table.caption = (
@@ -79,7 +80,7 @@ def layer_table(result: LayerBounds) -> Table:
 
 def version_table() -> Table:
     """Versions of what the library works with."""
-    table = Table(title="Versions")
+    table = Table(title="Versions", box=box.SIMPLE_HEAD)
     table.add_column("package")
     table.add_column("version")
     table.add_row("Python", platform.python_version())
@@ -96,7 +97,7 @@ def backend_table() -> Table:
     """Every backend, whether it can run here, and why not."""
     from lmtfast import available_backends
 
-    table = Table(title="Backends")
+    table = Table(title="Backends", box=box.SIMPLE_HEAD)
     for column in ("backend", "available", "reason"):
         table.add_column(column, overflow="fold")
     for entry in available_backends().values():
