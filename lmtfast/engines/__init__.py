@@ -6,17 +6,18 @@ from __future__ import annotations
 import importlib
 import math
 
+from lmtfast.engines.polyphase import conv_form
 from lmtfast.engines.step import Engine, Saved, Step
 from lmtfast.errors import ArgumentError
-from lmtfast.graph import Conv, Region
+from lmtfast.graph import Region
 
 __all__ = ["ENGINES", "Engine", "Saved", "Step", "choose_engine", "get_engine"]
 
 ENGINES = ("operator", "symbol", "separable")
 
-# Until the thresholds are measured along real training runs (docs/adr/0009): the true operator where a
-# map is so small that it costs about one read of the weights, the symbol where its boundary error is
-# below one percent, the separable form between.
+# Provisional (docs/adr/0009): the true operator where a map is so small that it costs about one
+# read of the weights, the symbol where its boundary error is below one percent, the separable form
+# between, unless the true operator is less arithmetic.
 OPERATOR_MAX_POSITIONS = 64
 SEPARABLE_MAX_POSITIONS = 400
 
@@ -38,14 +39,18 @@ def choose_engine(region: Region, requested: str) -> tuple[str, str]:
     Composites and matrices always run the true operator, which costs one read of their weights; a
     requested engine that cannot run a convolution gives way to it too, with the reason in the plan.
     """
-    op = region.primitive
-    if not isinstance(op, Conv):
+    form = conv_form(region)
+    if form is None:
         return "operator", "not a convolution"
-    positions = math.prod(op.out_shape[1:])
+    positions = math.prod(form.out_extent)
     if requested == "auto":
         if positions <= OPERATOR_MAX_POSITIONS:
             return "operator", f"{positions} positions"
-        requested = "separable" if positions <= SEPARABLE_MAX_POSITIONS else "symbol"
+        requested = "symbol"
+        if positions <= SEPARABLE_MAX_POSITIONS:
+            if form.operator_products <= form.separable_products:
+                return "operator", f"{positions} positions, fewer products than separable"
+            requested = "separable"
     reason = get_engine(requested).refusal(region)
     if reason is not None:
         return "operator", f"{requested}: {reason}"
