@@ -90,14 +90,15 @@ class NetworkBound(nn.Module):
         # In a tuple, so that the model does not become a submodule and its weights not ours.
         self._model = (model,)
         self._batch_variance: dict[str, Tensor] | None = None
-        if batch_norm == "batch":
-            self._watch_batch_norms()
         tensors = [t for t in named_tensors(model).values() if t.is_floating_point()]
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         device = tensors[0].device if tensors else torch.device("cpu")
         self.state = PowerState(state_sizes(self.plan), dtype=dtype, device=device)
         if not self.state.iterates.is_meta and not any(t.is_meta for t in tensors):
             self.converge(WARM_UP)
+        # After the warm-up, which has no batch to take statistics from.
+        if batch_norm == "batch":
+            self._watch_batch_norms()
 
     def _watch_batch_norms(self) -> None:
         # Registered after tracing, so that the traced program does not contain the hooks.
