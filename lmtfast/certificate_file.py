@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: MIT
+"""The bytes of a certificate file: a zip of npy arrays (``.npz``) and one canonical JSON header.
+
+One certificate has exactly one byte string. The loader parses strictly, checks hashes and counts,
+and then compares the file with what the parsed certificate would be written as.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lmtfast.certificate import Certificate
+
+SCHEMA = 1
+HEADER = "header"
+DTYPES = {
+    "label": "<i8", "margin_lower": "<f8", "prediction": "<i8", "prediction_radius": "<f8",
+}  # fmt: skip
+FLOATS = ("delta", "features", "slack", "total")
+STRINGS = (
+    "fingerprint", "head_sha256", "level", "method", "norm", "requested_method", "semantics",
+    "weights_sha256",
+)  # fmt: skip
+OTHERS = ("assumptions", "classes", "input_range", "input_shape", "operators", "versions")
+KEYS = {"arrays", "counts", "schema", *FLOATS, *STRINGS, *OTHERS}
+MAX_HEADER_BYTES = 1 << 26
+
+
+def encode(certificate: Certificate) -> bytes:
+    """The file of a certificate."""
+    arrays = {}
+    for name in DTYPES:
+        if (array := getattr(certificate, name)) is not None:
+            arrays[name] = _npy(array.astype(DTYPES[name]))
+    header: dict[str, Any] = {
+        "arrays": {n: hashlib.sha256(b).hexdigest() for n, b in arrays.items()},
+        "assumptions": list(certificate.assumptions),
+        "classes": certificate.classes,
+        "counts": certificate.counts,
+        "input_range": [x.hex() for x in certificate.input_range],
+        "input_shape": list(certificate.input_shape),
+        "operators": [[n, m, x.hex()] for n, m, x in certificate.operators],
+        "schema": SCHEMA,
+        "versions": dict(certificate.versions),
+        **{k: getattr(certificate, k).hex() for k in FLOATS},
+        **{k: getattr(certificate, k) for k in STRINGS},
+    }
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    arrays[HEADER] = _npy(np.frombuffer(text.encode("ascii"), dtype=np.uint8))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(arrays):
+            info = zipfile.ZipInfo(f"{name}.npy")
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, arrays[name])
+    return buffer.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(
+        buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False
+    )
+    return buffer.getvalue()
+
+
+def decode(content: bytes) -> dict[str, Any]:
+    """Fields of the certificate in a file; ValueError or KeyError for anything out of order."""
+    parts = _members(content)
+    text = bytes(_array(parts[HEADER], "|u1"))
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError("a header of more than 64 MiB")
+    header = json.loads(
+        text.decode("ascii"), object_pairs_hook=_unique, parse_float=_no_float,
+        parse_constant=_no_float,
+    )  # fmt: skip
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        raise ValueError(f"a schema other than {SCHEMA}")
+    if set(header) != KEYS:
+        raise ValueError(f"header keys {sorted(set(header) ^ KEYS)}")
+    names = set(parts) - {HEADER}
+    hashes = header["arrays"]
+    if set(hashes) != names or not set(DTYPES) - {"label"} <= names <= set(DTYPES):
+        raise ValueError(f"arrays {sorted(names)}")
+    for name in names:
+        if hashlib.sha256(parts[name]).hexdigest() != hashes[name]:
+            raise ValueError(f"another hash of the array {name}")
+    found: dict[str, Any] = {n: _array(parts[n], DTYPES[n]) for n in names}
+    found.setdefault("label", None)
+    found.update({k: _float(header[k]) for k in FLOATS})
+    found.update({k: _kind(header[k], str) for k in STRINGS})
+    found["assumptions"] = tuple(_kind(a, str) for a in _kind(header["assumptions"], list))
+    found["classes"] = _kind(header["classes"], int)
+    found["input_range"] = tuple(_float(x) for x in _kind(header["input_range"], list))
+    found["input_shape"] = tuple(_kind(n, int) for n in _kind(header["input_shape"], list))
+    found["operators"] = tuple(
+        (_kind(n, str), _kind(m, str), _float(x)) for n, m, x in _kind(header["operators"], list)
+    )
+    found["versions"] = {k: _kind(v, str) for k, v in _kind(header["versions"], dict).items()}
+    _check(found)
+    return found
+
+
+def _members(content: bytes) -> dict[str, bytes]:
+    """Stored members of the archive by array name."""
+    parts: dict[str, bytes] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name in parts or name not in {*DTYPES, HEADER} or info.filename == name:
+                    raise ValueError(f"an unexpected or repeated member {info.filename!r}")
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(content):
+                    raise ValueError(f"a compressed member {info.filename!r}")
+                parts[name] = archive.read(info)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, OSError) as error:
+        raise ValueError(f"not a whole zip file: {error}") from error
+    return parts
+
+
+def _array(data: bytes, dtype: str) -> np.ndarray:
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("another npy version")
+    shape, fortran, kind = np.lib.format.read_array_header_1_0(stream)
+    expected = np.dtype(dtype)
+    if len(shape) != 1 or kind != expected or fortran:
+        raise ValueError(f"an array of shape {shape} and dtype {kind}")
+    rest = data[stream.tell() :]
+    if len(rest) != shape[0] * expected.itemsize:
+        raise ValueError("an array of another length than its header says")
+    return np.frombuffer(rest, dtype=expected)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _no_float(text: str) -> Any:
+    raise ValueError(f"the number {text}: floats are written in hexadecimal")
+
+
+def _kind(item: Any, kind: type) -> Any:
+    if type(item) is not kind:
+        raise ValueError(f"{type(item).__name__} in place of {kind.__name__}")
+    return item
+
+
+def _float(item: Any) -> float:
+    value = float.fromhex(_kind(item, str))
+    if value.hex() != item:
+        raise ValueError(f"the number {item!r} in another than its canonical form")
+    return value
+
+
+def _check(found: Mapping[str, Any]) -> None:
+    """Refuse fields that contradict each other."""
+    radius, margin, prediction = (
+        found[k] for k in ("prediction_radius", "margin_lower", "prediction")
+    )
+    arrays = [found[k] for k in DTYPES if found[k] is not None]
+    low, high = found["input_range"]
+    rules = {
+        "arrays of different lengths": len({len(a) for a in arrays}) == 1,
+        "a level that certifies nothing": found["level"] in ("probabilistic", "rigorous"),
+        "a failure probability that does not fit the level": (
+            found["delta"] == 0.0 if found["level"] == "rigorous" else 0.0 < found["delta"] < 1.0
+        ),
+        "unknown semantics or norm": (found["semantics"], found["norm"]) == ("ideal", "l2"),
+        "no classes": found["classes"] >= 1,
+        "an input shape": bool(found["input_shape"]) and min(found["input_shape"], default=0) > 0,
+        "an input range": math.isfinite(low) and math.isfinite(high) and low < high,
+        "a negative or undefined bound": all(
+            x >= 0 for x in (found["features"], found["total"], *(o[2] for o in found["operators"]))
+        ),
+        "a prediction that is no class": bool(
+            ((prediction >= 0) & (prediction < found["classes"])).all()
+        ),
+        "a radius that is negative or undefined": bool((radius >= 0).all()),
+        "a margin that is negative or undefined": bool((margin >= 0).all()),
+        "a radius without a margin": bool((margin[radius > 0] > 0).all()),
+        "a hash": all(_is_hash(found[k]) for k in ("fingerprint", "weights_sha256")),
+        "a hash of the head": found["head_sha256"] == "none" or _is_hash(found["head_sha256"]),
+    }
+    if found["label"] is not None:
+        label = found["label"]
+        inside = bool(((label >= 0) & (label < found["classes"])).all())
+        rules["a label that is no class"] = inside
+    if wrong := [name for name, holds in rules.items() if not holds]:
+        raise ValueError("; ".join(wrong))
+
+
+def _is_hash(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""What a certificate speaks of: a traced, checked and bounded model with its weights frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmtfast.bound import LipschitzBound
+from lmtfast.enclosure import LogitEnclosure
+from lmtfast.errors import NotCertifiedError, ShapeError
+from lmtfast.graph import Conv, Region
+from lmtfast.guarantee import check_certifiable, plan_bound
+from lmtfast.plan import BoundPlan, make_plan
+from lmtfast.tracing import TracedModel, trace_model
+from lmtfast.verified.arithmetic import ensure_arithmetic
+from lmtfast.weights import named_tensors
+
+# float64 entries a chunk of samples may need at once, unfolded windows of a convolution included.
+CHUNK_ENTRIES = 1 << 26
+MAX_CHUNK = 256
+COMPARED_INPUTS = (32, 7)
+# Module and traced program run the same calls: float noise stays far below this many roundings.
+COMPARED_ROUNDINGS = 2.0**12
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready to be certified: traced, checked, bounded, its weights frozen."""
+
+    plan: BoundPlan
+    bound: LipschitzBound
+    enclosure: LogitEnclosure
+    weights_sha256: str
+    device: torch.device
+    chunk: int
+    classes: int
+
+
+def prepare(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    input_range: tuple[float, float],
+    *,
+    level: str,
+    delta: float,
+    method: str,
+) -> Subject:
+    """Trace, check and bound a model; the bound is computed once."""
+    check_certifiable(model)
+    device = next((t.device for t in named_tensors(model).values()), torch.device("cpu"))
+    ensure_arithmetic(torch.device("cpu"))
+    if device.type != "cpu":
+        ensure_arithmetic(device)
+    # A copy: nothing that happens to the model later can enter.
+    tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
+    digest = weights_sha256(tensors)
+    traced = trace_model(model, input_shape)
+    output = traced.graph.output_shape
+    if len(output) != 1:
+        raise ShapeError(
+            "one vector of logits per input", f"an output of shape {('N', *output)}",
+            type(model).__name__, "flatten the output, or certify the classifier on top of it",
+        )  # fmt: skip
+    compare(model, traced, input_range)
+    plan = make_plan(model, traced.graph, engine="operator", backend="reference")
+    bound = plan_bound(plan, model, level=level, delta=delta, method=method)
+    norms = {n: float(v) for n, v in bound.per_operator.items()}
+    enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)
+    return Subject(plan, bound, enclosure, digest, device, _chunk(traced), output[0])
+
+
+def compare(model: nn.Module, traced: TracedModel, input_range: tuple[float, float]) -> None:
+    """Refuse a model whose own forward disagrees with its traced program on fresh random inputs."""
+    reference = next((t for t in named_tensors(model).values() if t.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if reference is None else reference.dtype
+    device = torch.device("cpu") if reference is None else reference.device
+    generator = torch.Generator()
+    generator.seed()
+    low, high = input_range
+    program = traced.program.module()
+    for count in COMPARED_INPUTS:
+        uniform = torch.rand(
+            (count, *traced.graph.input_shape), generator=generator, dtype=torch.float64
+        )
+        x = (low + uniform * (high - low)).to(device, dtype)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            own, expected = model(x.clone()), program(x.clone())
+        if isinstance(own, Tensor) and own.shape == expected.shape:
+            own, expected = own.double(), expected.double()
+            noise = COMPARED_ROUNDINGS * torch.finfo(dtype).eps
+            difference = float((own - expected).abs().amax())
+            if difference <= noise * float(expected.abs().amax()):
+                continue
+            got = f"outputs that differ by {difference:.3g}"
+            if math.isnan(difference):
+                got = "outputs that are not finite"
+        else:
+            got = f"an output of another kind or shape ({type(own).__name__})"
+        raise NotCertifiedError(
+            "a module that computes what its traced program computes", got,
+            f"{type(model).__name__}, {count} random inputs in [{low!r}, {high!r}]",
+            "remove overridden __call__, state that changes between calls and other Python tricks; "
+            "for an overflow use float32 weights",
+        )  # fmt: skip
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of all parameters and buffers: name, dtype, shape and bytes, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        for part in (name, str(tensor.dtype), str(tuple(tensor.shape))):
+            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+        digest.update(tensor.numel().to_bytes(8, "little"))
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _chunk(traced: TracedModel) -> int:
+    """Samples per chunk, from the largest tensor; the same for the same model everywhere."""
+    largest = 1
+    for node in traced.program.graph.nodes:
+        parts = node.meta.get("val")
+        for part in parts if isinstance(parts, (list, tuple)) else (parts,):
+            if isinstance(part, Tensor) and part.ndim:
+                largest = max(largest, 8 * math.prod(int(n) for n in part.shape[1:]))
+    for region in (o for o in traced.graph.operators if isinstance(o, Region)):
+        for op in (n.op for n in region.nodes):
+            if isinstance(op, Conv):
+                outputs = math.prod((op.in_shape if op.transposed else op.out_shape)[1:])
+                channels = op.out_shape[0] if op.transposed else op.in_shape[0]
+                largest = max(largest, 2 * channels * math.prod(op.kernel) * outputs)
+    return max(1, min(MAX_CHUNK, CHUNK_ENTRIES // largest))
