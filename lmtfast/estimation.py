@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmtfast.autograd import SpectralNorms
 from lmtfast.backends import choose_backend
@@ -106,7 +107,7 @@ class NetworkBound(nn.Module):
         modules = dict(self._model[0].named_modules())
         for ref in self.plan.slots:
             if isinstance(ref, BatchNormScale):
-                if ref.module not in modules:
+                if not isinstance(modules.get(ref.module), _BatchNorm):
                     raise ArgumentError(
                         "batch norms that are modules", f"a functional one at {ref.module!r}",
                         "NetworkBound(batch_norm='batch')", "use batch_norm='running'",

@@ -8,8 +8,10 @@ changes; only reorderings at either end are dropped, which keep the norm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
 from lmtfast.graph import (
     Average,
@@ -22,6 +24,7 @@ from lmtfast.graph import (
     RegionNode,
     Scale,
     Shape,
+    number,
 )  # fmt: skip
 
 
@@ -98,14 +101,33 @@ def _scale_after(first: Primitive, second: Primitive) -> Primitive | None:
         return None
     axis = _channel_axis(first, first.out_shape)
     scales = _channel_scale(second, first.out_shape[axis], first.out_shape, axis)
-    if scales is None or (scales and first.identity_gain):
+    if scales is None:
+        return None
+    gains = _gains(first, second.gain)
+    if gains is None:
+        gains, scales = (first.gain, first.identity_gain), (*scales, _scalar(second.gain))
+    if scales and first.identity_gain:
         return None
     return replace(
-        first,
-        row_scales=first.row_scales + scales,
-        gain=first.gain * second.gain,
-        identity_gain=first.identity_gain * second.gain,
+        first, row_scales=first.row_scales + scales, gain=gains[0], identity_gain=gains[1]
     )
+
+
+def _times(a: float, b: float) -> float | None:
+    """The product if it needs no rounding: a factor that rounds must stay two factors."""
+    product = a * b
+    exact = math.isfinite(product) and Fraction(product) == Fraction(a) * Fraction(b)
+    return product if exact else None
+
+
+def _gains(op: Conv | Linear, factor: float) -> tuple[float, float] | None:
+    """Gain and identity gain times a factor, where both products are exact."""
+    gain, identity = _times(op.gain, factor), _times(op.identity_gain, factor)
+    return None if gain is None or identity is None else (gain, identity)
+
+
+def _scalar(factor: float) -> ChannelScale:
+    return ChannelScale(number(factor))
 
 
 def _scale_before(first: Primitive, second: Primitive) -> Primitive | None:
@@ -113,13 +135,15 @@ def _scale_before(first: Primitive, second: Primitive) -> Primitive | None:
         return None
     axis = _channel_axis(second, second.in_shape)
     scales = _channel_scale(first, second.in_shape[axis], second.in_shape, axis)
-    if scales is None or (scales and second.identity_gain):
+    if scales is None:
+        return None
+    gains = _gains(second, first.gain)
+    if gains is None:
+        gains, scales = (second.gain, second.identity_gain), (*scales, _scalar(first.gain))
+    if scales and second.identity_gain:
         return None
     return replace(
-        second,
-        column_scales=scales + second.column_scales,
-        gain=first.gain * second.gain,
-        identity_gain=second.identity_gain * first.gain,
+        second, column_scales=scales + second.column_scales, gain=gains[0], identity_gain=gains[1]
     )
 
 
@@ -127,8 +151,11 @@ def _factor(first: Primitive, second: Primitive) -> Primitive | None:
     """A plain factor next to another scale or an average."""
     for scale, other in ((first, second), (second, first)):
         if isinstance(scale, Scale) and scale.ref is None and isinstance(other, (Scale, Average)):
-            gain, ends = other.gain * scale.gain, (first.in_shape, second.out_shape)
-            return replace(other, gain=gain, in_shape=ends[0], out_shape=ends[1])
+            gain, ends = _times(other.gain, scale.gain), (first.in_shape, second.out_shape)
+            if gain is not None:
+                return replace(other, gain=gain, in_shape=ends[0], out_shape=ends[1])
+            if isinstance(other, Scale) and other.ref is None:
+                return replace(other, ref=number(scale.gain))
     return None
 
 
@@ -213,8 +240,10 @@ def _identity_sum(region: Region) -> Region | None:
             inner = region.nodes[branch]
             if skip != inner.inputs[0] or not isinstance(inner.op, (Conv, Linear)):
                 continue
-            if _has_centre(inner.op):
-                merged = replace(inner.op, identity_gain=inner.op.identity_gain + 1.0)
+            identity = inner.op.identity_gain + 1.0
+            exact = Fraction(identity) == Fraction(inner.op.identity_gain) + 1
+            if exact and _has_centre(inner.op):
+                merged = replace(inner.op, identity_gain=identity)
                 return _without(region, branch, i, RegionNode(merged, inner.inputs))
     return None
 

@@ -10,6 +10,7 @@ squares, and only branches that read pairwise disjoint slices of one tensor may 
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
@@ -30,6 +31,11 @@ class ConstantRef:
     shape: Shape
     dtype: str
     data: bytes
+
+
+def number(value: float) -> ConstantRef:
+    """A Python number as a float64 constant."""
+    return ConstantRef((), "float64", struct.pack("<d", value))
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,9 @@ def spectral_norm(
     check_certifiable(module)
     graph = trace_model(module, input_shape).graph
     plan = make_plan(module, graph, engine="operator", backend="reference")
-    linear = all(s.op in ("constant", "sigma", "mul") for s in graph.tape)
+    linear = all(s.op in ("constant", "sigma", "mul") for s in graph.tape) and all(
+        rule in ("copy", "average", "scale") for _, rule, _ in graph.notes
+    )
     if (
         not linear
         or len(graph.operators) > 1

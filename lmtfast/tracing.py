@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lmtfast.builder import GraphBuilder, Value
 from lmtfast.errors import ArgumentError, UnsupportedLayerError
 from lmtfast.graph import BATCH, BoundGraph, Derived, ParameterRef, Shape
-from lmtfast.rules import MODULE_RULES, OPERATION_RULES, TracedCall
+from lmtfast.rules import MODULE_RULES, OPERATION_RULES, SINGLE, TracedCall
 from lmtfast.weights import Weights, constant_ref, named_tensors
 
 # Checks that export inserts and that return nothing.
@@ -76,9 +76,11 @@ def export_program(model: nn.Module, input_shape: Shape) -> torch.export.Exporte
     dtype = reference.dtype if reference is not None else torch.get_default_dtype()
     device = reference.device if reference is not None else torch.device("cpu")
     example = torch.zeros((2, *input_shape), dtype=dtype, device=device)
+    # Else export assumes a batch size other than 0 and 1, and a branch on one sample vanishes.
+    every_size = torch.fx.experimental._config.patch(backed_size_oblivious=True)
     dynamic = ({0: torch.export.Dim("batch")},)
     try:
-        with inference_mode_of(model), torch.no_grad(), warnings.catch_warnings():
+        with inference_mode_of(model), torch.no_grad(), every_size, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
             return program.run_decompositions({})
@@ -173,7 +175,10 @@ class _Walk:
             if entered is not None:
                 return entered
         if node.target is operator.getitem:
-            return self._lookup(node.args[0], node)[node.args[1]]
+            source, index = self._lookup(node.args[0], node), node.args[1]
+            if isinstance(source, Derived):
+                return Derived("operator.getitem", (source, index))
+            return source[index]
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._scalar(node)
         arguments = self._arguments(node)
@@ -193,6 +198,9 @@ class _Walk:
         )  # fmt: skip
         if rule is None:
             raise call.unsupported("there is no rule for it")
+        traced = sum(_is_traced(a) for a in arguments.values())
+        if traced > 1 and target in SINGLE:
+            raise call.unsupported("more than one argument depends on the input")
         result = rule(call)
         self._check_shape(call, result)
         if isinstance(result, tuple):
@@ -317,6 +325,8 @@ class _Walk:
         if self.env.get(node) is not value:
             return self.env[node]
         module = self._registered_module(node)[1]  # type: ignore[index]
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise self._refuse(key, f"{type(module).__name__}: hooks, which its rule cannot see")
         constant = float(MODULE_RULES[type(module)](module))
         if not 0.0 <= constant < float("inf"):
             raise self._refuse(key, f"the rule of {type(module).__name__} returned {constant}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def operation(target: str) -> Any:
     """The ATen overload called ``target``, for example ``aten.mul.Tensor``."""
+    if target == "operator.getitem":
+        return operator.getitem
     namespace, name, overload = target.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 

@@ -44,6 +44,8 @@ IDENTITIES = (
 )  # fmt: skip
 
 INT64_MAX = 2**63 - 1
+# Enough to see most mixing of samples; calls that could mix later ones are refused by argument.
+SAMPLES = 5
 
 
 def execute(call: Call, tensor: torch.Tensor) -> torch.Tensor:
@@ -77,15 +79,16 @@ def copy(
     n = math.prod(value.shape)
     if n == 0:
         raise call.unsupported("the tensor has no entries")
-    # Two samples: the second must repeat the first with its own entries.
-    numbered = torch.arange(1, 2 * n + 1, dtype=torch.float64).reshape(2, *value.shape)
+    # Several samples: each must repeat the first with its own entries.
+    numbered = torch.arange(1, SAMPLES * n + 1, dtype=torch.float64).reshape(SAMPLES, *value.shape)
     result = execute(frozen, numbered)
-    if result.shape[0] != 2:
+    if result.shape[0] != SAMPLES:
         raise call.unsupported("it moves the batch dimension")
-    first, second = result[0].reshape(-1), result[1].reshape(-1)
-    shifted = torch.where(first == 0, first, first + n)
+    samples = result.reshape(SAMPLES, -1)
+    first = samples[0]
     whole = bool((first == first.round()).all()) and bool(((first >= 0) & (first <= n)).all())
-    if not whole or not torch.equal(shifted, second):
+    offsets = n * torch.arange(SAMPLES, dtype=torch.float64).unsqueeze(1)
+    if not whole or not torch.equal(torch.where(first == 0, first, first + offsets), samples):
         raise call.unsupported("it mixes the samples of a batch, or computes instead of copying")
     index = first.long()
     counts = torch.bincount(index, minlength=n + 1)[1:]
@@ -120,7 +123,14 @@ def frozen_call(call: TracedCall, key: str, **override: Any) -> Call:
 @operation_rule(*COPYING)
 def copying(call: TracedCall) -> Value:
     key = "self" if "self" in call.arguments else "input"
-    return copy(call.builder, call.value(key), frozen_call(call, key), call.name, call)
+    value = call.value(key)
+    rank = len(value.shape) + 1
+    kind = call.target.split(".")[1]
+    if kind in ("roll", "flip", "rot90") and any(d % rank == 0 for d in call["dims"] or (0,)):
+        raise call.unsupported("it mixes the samples of a batch (dim 0)")
+    if kind in ("tril", "triu") and rank < 3:
+        raise call.unsupported("it treats the samples of a batch differently")
+    return copy(call.builder, value, frozen_call(call, key), call.name, call)
 
 
 @operation_rule(*IDENTITIES)
@@ -145,6 +155,8 @@ def cast(call: TracedCall) -> Value:
 @operation_rule("aten.pad.default", "aten.constant_pad_nd.default")
 def pad(call: TracedCall) -> Value:
     value = call.value("self")
+    if any(call["pad"][2 * len(value.shape) :]):
+        raise call.unsupported("it pads the batch dimension")
     fill = call.get("value")
     if fill is not None and not math.isfinite(fill):
         raise call.unsupported(f"padding with {fill}")

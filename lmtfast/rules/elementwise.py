@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from lmtfast.builder import Value
 from lmtfast.rules.registry import TracedCall, operation_rule
@@ -91,9 +92,15 @@ def leaky_relu(call: TracedCall) -> Value:
 @operation_rule("aten.elu.default")
 def elu(call: TracedCall) -> Value:
     # Slope `scale` for x > 0; scale * alpha * input_scale just below zero.
-    alpha, scale, input_scale = (abs(float(call[k])) for k in ("alpha", "scale", "input_scale"))
-    return _apply(call, math.nextafter(scale * max(1.0, alpha * input_scale), math.inf) if
-                  (alpha, scale, input_scale) != (1.0, 1.0, 1.0) else 1.0)  # fmt: skip
+    alpha, scale, input_scale = (Fraction(call[k]) for k in ("alpha", "scale", "input_scale"))
+    if input_scale < 0:
+        raise call.unsupported(f"input_scale={call['input_scale']} has no global constant")
+    return _apply(call, _round_up(abs(scale) * max(Fraction(1), abs(alpha) * input_scale)))
+
+
+def _round_up(exact: Fraction) -> float:
+    nearest = float(exact)
+    return nearest if Fraction(nearest) >= exact else math.nextafter(nearest, math.inf)
 
 
 @operation_rule("aten.celu.default")
@@ -107,13 +114,14 @@ def celu(call: TracedCall) -> Value:
 
 @operation_rule("aten.softplus.default")
 def softplus(call: TracedCall) -> Value:
-    # The module switches to the identity where beta x > threshold, a jump of
-    # log1p(exp(-threshold)) / beta: a rounding error only if both bounds below hold.
+    # The call switches to the identity where beta x > threshold, a jump of log1p(exp(-threshold)) /
+    # beta at the value threshold / beta. Relative to that value, whatever beta is, it is below
+    # float32 rounding from threshold = 20 (the default) on: 1e-10.
     beta, threshold = float(call["beta"]), float(call["threshold"])
-    if not beta > 0 or threshold < 20.0 or beta * threshold < 20.0:
+    if not (0 < beta < math.inf and threshold >= 20.0):
         raise call.unsupported(
-            f"beta={beta}, threshold={threshold}: the switch to the identity is a visible "
-            "jump unless threshold >= 20 and beta * threshold >= 20"
+            f"beta={beta}, threshold={threshold}: no global constant unless beta > 0, and the "
+            "switch to the identity is a visible jump unless threshold >= 20"
         )
     return _apply(call, 1.0)
 

@@ -38,17 +38,17 @@ def _sum(call: TracedCall, first: Any, second: Any, signs: tuple[float, float]) 
     return parts[0] if len(parts) == 1 else call.builder.add(parts)
 
 
-@operation_rule("aten.add.Tensor", "aten.add.Scalar")
+@operation_rule("aten.add.Tensor", "aten.add.Scalar", joins=True)
 def add(call: TracedCall) -> Value:
     return _sum(call, call["self"], call["other"], (1.0, _number(call, "alpha")))
 
 
-@operation_rule("aten.sub.Tensor", "aten.sub.Scalar")
+@operation_rule("aten.sub.Tensor", "aten.sub.Scalar", joins=True)
 def sub(call: TracedCall) -> Value:
     return _sum(call, call["self"], call["other"], (1.0, -_number(call, "alpha")))
 
 
-@operation_rule("aten.rsub.Tensor", "aten.rsub.Scalar")
+@operation_rule("aten.rsub.Tensor", "aten.rsub.Scalar", joins=True)
 def rsub(call: TracedCall) -> Value:
     return _sum(call, call["self"], call["other"], (-_number(call, "alpha"), 1.0))
 
@@ -57,7 +57,7 @@ def _number(call: TracedCall, key: str) -> float:
     return scaled(call, call[key])
 
 
-@operation_rule("aten.cat.default", "aten.concat.default", "aten.stack.default")
+@operation_rule("aten.cat.default", "aten.concat.default", "aten.stack.default", joins=True)
 def cat(call: TracedCall) -> Value:
     parts = call["tensors"]
     stacking = call.target.startswith("aten.stack")
@@ -79,7 +79,10 @@ def cat(call: TracedCall) -> Value:
     return call.builder.new_base(origin, rel, call.out_shape)
 
 
-@operation_rule("aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other")
+@operation_rule(
+    "aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other",
+    joins=True,
+)  # fmt: skip
 def extremum(call: TracedCall) -> Value:
     kind = {"max": "maximum", "min": "minimum"}.get(n := call.target.split(".")[1], n)
     a, b = call["self"], call["other"]

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 from lmtfast.builder import Value
 from lmtfast.graph import (
     BatchNormScale,
-    ConstantRef,
     Conv,
     Derived,
     Linear,
     Scale,
     Shape,
     WeightRef,
+    number,
 )  # fmt: skip
 from lmtfast.rules.registry import REF_TYPES, TracedCall, operation_rule
 
@@ -104,7 +103,7 @@ def addmm(call: TracedCall) -> Value:
     )
 
 
-@operation_rule("aten.mm.default", "aten.matmul.default")
+@operation_rule("aten.mm.default", "aten.matmul.default", joins=True)
 def matmul(call: TracedCall) -> Value:
     left, right = ("self", "mat2") if call.target.startswith("aten.mm") else ("self", "other")
     if isinstance(call[left], Value) and isinstance(call[right], Value):
@@ -150,7 +149,7 @@ def batch_norm(call: TracedCall) -> Any:
     return result if call.target == "aten.batch_norm.default" else (result, None, None)
 
 
-@operation_rule("aten.mul.Tensor", "aten.mul.Scalar")
+@operation_rule("aten.mul.Tensor", "aten.mul.Scalar", joins=True)
 def mul(call: TracedCall) -> Value:
     first, second = call["self"], call["other"]
     if isinstance(first, Value) and isinstance(second, Value):
@@ -158,7 +157,7 @@ def mul(call: TracedCall) -> Value:
     return _multiply(call, *((first, second) if isinstance(first, Value) else (second, first)))
 
 
-@operation_rule("aten.div.Tensor", "aten.div.Scalar")
+@operation_rule("aten.div.Tensor", "aten.div.Scalar", joins=True)
 def div(call: TracedCall) -> Value:
     if not isinstance(call["self"], Value):
         raise call.unsupported("division by a traced tensor has no global constant")
@@ -193,8 +192,3 @@ def _multiply(call: TracedCall, value: Value, factor: Any, inverse: bool = False
         raise call.unsupported(f"a factor of shape {shape} differs between the samples of a batch")
     primitive = Scale(call.name, value.shape, value.shape, factor, shape, inverse)
     return call.builder.linear(value, primitive)
-
-
-def number(value: float) -> ConstantRef:
-    """A Python number as a float64 constant."""
-    return ConstantRef((), "float64", struct.pack("<d", value))

@@ -78,13 +78,20 @@ def _maximum(call: TracedCall, value: Value, overlaps: Sequence[int]) -> Value:
     return call.builder.nonlinear(value, constant, call.out_shape, name)
 
 
+def _batched_image(call: TracedCall) -> tuple[Value, int]:
+    """The input and its number of spatial axes; torch would take a lower rank for one sample."""
+    value, axes = call.value("self"), int(call.target.split("pool")[1][0])
+    if len(value.shape) != axes + 1:
+        raise call.unsupported(f"an unbatched input of shape {value.shape}")
+    return value, axes
+
+
 @operation_rule(
     "aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default",
     "aten.max_pool2d_with_indices.default", "aten.max_pool3d_with_indices.default",
 )  # fmt: skip
 def max_pool(call: TracedCall) -> Value | tuple[Value, None]:
-    value = call.value("self")
-    axes = len(value.shape) - 1
+    value, axes = _batched_image(call)
 
     def per_axis(key: str, default: Sequence[int]) -> list[int]:
         items = list(call[key]) or list(default)
@@ -107,7 +114,7 @@ def max_pool(call: TracedCall) -> Value | tuple[Value, None]:
     "aten.adaptive_max_pool3d.default",
 )  # fmt: skip
 def adaptive_max_pool(call: TracedCall) -> tuple[Value, None]:
-    value = call.value("self")
+    value, _ = _batched_image(call)
     overlaps = []
     for length, outputs in zip(value.shape[1:], call.out_shape[1:], strict=True):
         counts = [0] * length

@@ -80,10 +80,12 @@ OperationRule: TypeAlias = Callable[[TracedCall], Any]
 ModuleRule: TypeAlias = Callable[[nn.Module], float]
 
 OPERATION_RULES: dict[str, OperationRule] = {}
+# Built-in operations that take one traced tensor: a second one, say as a bias, is refused.
+SINGLE: set[str] = set()
 MODULE_RULES: dict[type[nn.Module], ModuleRule] = {}
 
 
-def operation_rule(*targets: str) -> Callable[[OperationRule], OperationRule]:
+def operation_rule(*targets: str, joins: bool = False) -> Callable[[OperationRule], OperationRule]:
     """Register the rule of one or more ATen overloads (inside the library)."""
 
     def add(rule: OperationRule) -> OperationRule:
@@ -91,6 +93,8 @@ def operation_rule(*targets: str) -> Callable[[OperationRule], OperationRule]:
             if target in OPERATION_RULES:
                 raise RuntimeError(f"two rules for {target}")
             OPERATION_RULES[target] = rule
+        if not joins:
+            SINGLE.update(targets)
         return rule
 
     return add

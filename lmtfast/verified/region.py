@@ -143,9 +143,10 @@ def _diagonal(op: Scale, weights: Weights) -> NormEnclosure:
     assert op.ref is not None
     entries = weights[op.ref].double()
     entries = entries.reciprocal() if op.inverse else entries
-    largest = magnitude(entries * op.gain, f"the scale of {op.name!r}")
-    upper = mul_up(largest, 1.0 + 2.0 * SCALE_ROUNDINGS * 2.0**-53) if largest else largest
-    return enclosure(upper, largest, "maximum")
+    largest = magnitude(entries, f"the scale of {op.name!r}")
+    # mul_up alone covers a product below the normal range, which no relative error does.
+    upper = mul_up(mul_up(largest, 1.0 + 2.0 * SCALE_ROUNDINGS * 2.0**-53), abs(op.gain))
+    return enclosure(upper, largest * abs(op.gain), "maximum")
 
 
 def weight_roundings(op: Conv | Linear) -> int:
@@ -185,17 +186,29 @@ def _depth(op: Primitive | str) -> int:
 def _in_range(region: Region, weights: Weights) -> bool:
     """Whether no product of weights along the region can underflow or overflow."""
     low = high = 0
-    for ref in weight_refs(region):
-        size = weights[ref].double().abs()
-        size = size[size > 0]
-        if size.numel():
-            low += min(0, math.frexp(float(size.min()))[1])
-            high += max(0, math.frexp(float(size.max()))[1])
+    for node in region.nodes:
+        for size in _factors(node.op, weights):
+            size = size[size > 0]
+            if size.numel():
+                low += min(0, math.frexp(float(size.min()))[1])
+                high += max(0, math.frexp(float(size.max()))[1])
     op = region.primitive
     if isinstance(op, (Conv, Linear)) and weight_roundings(op) == 0:
         return True
     # Scales appear as reciprocals too, so both sides count together.
     return high - low < SAFE_EXPONENT
+
+
+def _factors(op: Primitive | str, weights: Weights) -> list[Tensor]:
+    """Sizes of everything a node multiplies with, as often as it does."""
+    refs = [op.weight] if isinstance(op, (Conv, Linear)) else []
+    if isinstance(op, (Conv, Linear)):
+        refs += [s.ref for s in op.row_scales + op.column_scales]
+    elif isinstance(op, Scale) and op.ref is not None:
+        refs = [op.ref]
+    names = ("gain", "identity_gain")
+    gains = torch.tensor([getattr(op, name, 0.0) for name in names], dtype=torch.float64)
+    return [weights[ref].double().abs() for ref in refs] + list(gains.abs())
 
 
 def _fits(region: Region) -> bool:
