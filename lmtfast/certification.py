@@ -84,8 +84,8 @@ def certify(
     Example:
         >>> import torch
         >>> import lmtfast as lf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8,
-        3))
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> x, y = torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1])
         >>> certificate = lf.certify(model.eval(), (x, y), input_shape=(4,), input_range=(0, 1))
         >>> certificate.n_total, bool((certificate.radius >= 0).all())

@@ -24,7 +24,8 @@ SIGNATURES = {
     "NetworkBound": "(model, input_shape, *, engine='auto', backend=None, batch_norm='running')",
     "available_backends": "()",
     "certified_bound": f"(model, input_shape, *, level='rigorous', delta={DELTA}, method='auto')",
-    "certify": "(model, data, *, input_shape, input_range, level='rigorous', method='auto')",
+    "certify": "(model, data, *, input_shape, input_range, level='rigorous', method='auto', "
+    f"delta={DELTA}, progress=None)",
     "conv_spectral_norm": "(weight, input_shape, *, stride=1, padding=0, dilation=1, groups=1, "
     "padding_mode='zeros', transposed=False, level='rigorous')",
     "load_certificate": "(path)",
