@@ -37,6 +37,8 @@ COPYING = (
     "aten.rot90.default", "aten.tril.default", "aten.triu.default",
 )  # fmt: skip
 
+VIEWS = ("aten.view.default", "aten._unsafe_view.default")
+
 IDENTITIES = (
     "aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default",
     "aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default",
@@ -60,7 +62,9 @@ def execute(call: Call, tensor: torch.Tensor) -> torch.Tensor:
             return tensor if arg == INPUT else tensor.shape[0]
         return arg
 
-    result = operation(call.target)(
+    # The program made memory contiguous for a view; here the strides may be others.
+    target = "aten.reshape.default" if call.target in VIEWS else call.target
+    result = operation(target)(
         *(fill(a) for a in call.args), **{k: fill(v) for k, v in call.kwargs}
     )
     return result[0] if isinstance(result, (tuple, list)) else result
