@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -47,3 +48,17 @@ def test_local_links_exist(name: str) -> None:
             heads = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
             assert anchor in slugs, target
+
+
+def test_results_come_from_files() -> None:
+    """README's table is what benchmarks/readme_table.py writes."""
+    source = ROOT / "benchmarks" / "readme_table.py"
+    spec = importlib.util.spec_from_file_location("readme_table", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert module.BEGIN in readme
+    assert module.END in readme
+    assert module.with_table(readme) == readme, "run: python benchmarks/readme_table.py"
