@@ -99,7 +99,7 @@ def run(engine, region: Region, weight: Tensor, state: Tensor, steps: int) -> tu
 
 
 def random_case(rng: np.random.Generator, axes: int) -> Case | None:
-    """A small random geometry: any stride, dilation, groups, even kernels, odd sizes, transposed."""
+    """A small random geometry: stride, dilation, groups, even kernels, odd sizes, transposed."""
     pick = lambda low, high: tuple(int(rng.integers(low, high)) for _ in range(axes))  # noqa: E731
     groups = int(rng.choice([1, 1, 1, 2, 3]))
     rows, columns = (groups * int(rng.integers(1, 4)) for _ in range(2))

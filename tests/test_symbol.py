@@ -49,7 +49,7 @@ def symbols(region: Region, weight: torch.Tensor, w: torch.Tensor) -> torch.Tens
 
 
 def supremum(region: Region, weight: torch.Tensor, points: int = 129) -> float:
-    """Maximum over a grid of ``points`` per axis; half of the first axis, since weights are real."""
+    """Maximum over ``points`` frequencies per axis; half of the first, since weights are real."""
     form = polyphase.conv_form(region)
     assert form is not None
     full = torch.linspace(-math.pi, math.pi, points, dtype=torch.float64)
@@ -125,12 +125,12 @@ def test_never_exceeds_the_supremum() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_alternation_is_monotone(groups: int) -> None:
-    for seed in range(6):
+    for seed in range(4):
         rng = np.random.default_rng(seed)
         weight = torch.from_numpy(rng.standard_normal((4, 6 // groups, 3, 3)))
         region = conv_region(weight, (6, 8, 8), groups=groups)
         state, last = start(symbol, region, seed=seed), 0.0
-        for _ in range(60):
+        for _ in range(40):
             result = symbol.step(region, weights_of(weight), state, update=True)
             assert result.sigma >= last * (1 - 1e-14)
             state, last = result.state, result.sigma
@@ -195,7 +195,7 @@ def test_gradient_is_that_of_the_supremum_once_converged() -> None:
 
 
 def two_peaks() -> tuple[Region, torch.Tensor]:
-    """Two channels apart: a constant response 1 and a response 1.5 at the highest frequency alone."""
+    """Two channels apart: a constant response 1, and 1.5 at the highest frequency alone."""
     weight = torch.zeros(2, 2, 3, 3, dtype=torch.float64)
     weight[0, 0, 1, 1] = 1.0
     high = torch.tensor([-1.0, 2.0, -1.0], dtype=torch.float64) / 4
@@ -234,7 +234,7 @@ def test_the_explorer_finds_a_dominating_frequency_without_a_rescan() -> None:
 
 def test_rescan_never_lowers_sigma() -> None:
     rng = np.random.default_rng(8)
-    for trial in range(10):
+    for trial in range(8):
         case = random_case(rng, 2)
         if case is None:
             continue
