@@ -32,6 +32,13 @@ app = typer.Typer(
     "or no way to go on.",
 )
 console = Console()
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[figures]}"),
+)
 
 
 class Level(str, Enum):
@@ -200,7 +207,7 @@ def certify(
     saved = load_checkpoint(checkpoint, allow_previous=allow_previous)
     dataset = _dataset(data or saved.config.data, saved.config.input_range)
     model = saved.model(import_model=import_model)
-    with console.status(f"certifying at level {level.value}"):
+    with _certifying(level.value) as report:
         certificate = run_certify(
             model,
             (dataset.x_test[:limit], dataset.y_test[:limit]),
@@ -208,6 +215,7 @@ def certify(
             input_range=dataset.input_range,
             level=level.value,
             method=method,
+            progress=report,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     certificate.save(out)
@@ -237,6 +245,8 @@ def verify(
     from lmtfast.checkpoint import load_checkpoint
 
     _use_working_directory()
+    if not certificate.is_file():
+        raise ArgumentError("a certificate file", "none", str(certificate), "check the path")
     saved = load_checkpoint(checkpoint)
     model = saved.model(import_model=import_model)
     source = data or saved.config.data
@@ -350,16 +360,21 @@ def _use_working_directory() -> None:
 
 
 @contextmanager
+def _certifying(level: str) -> Iterator[Any]:
+    """A progress bar over the inputs; the bound comes first and can take longer than they do."""
+    with Progress(*COLUMNS, console=console) as bar:
+        task = bar.add_task(f"bounding the network, level {level}", total=None, figures="")
+
+        def report(done: int, total: int | None) -> None:
+            bar.update(task, description="certifying", completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
 def _progress() -> Iterator[Any]:
     """A progress bar; yields the function the training loop reports to."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*COLUMNS, console=console) as bar:
         task = bar.add_task("training", total=None, figures="")
 
         def report(step: int, steps: int, row: Mapping[str, Any]) -> None:

@@ -68,6 +68,8 @@ class Dataset:
             ("test", self.x_test, self.y_test),
         ):
             _check_split(f"{self.name}: {split}", x, y, self.input_range)
+            # A grey image has a channel axis of any stride; torch takes some for channels-last.
+            object.__setattr__(self, f"x_{split}", x.clone(memory_format=torch.contiguous_format))
         if self.x_train.shape[1:] != self.x_test.shape[1:]:
             raise ShapeError(
                 f"test inputs of shape {tuple(self.x_train.shape[1:])}, as in training",

@@ -19,6 +19,7 @@ DOTS_PER_INCH = 150
 # The axis ends where at most this share of the inputs is still certified, so one easy input does
 # not stretch it.
 TAIL = 0.002
+FAR = 1e9  # beyond every axis
 
 
 def certified_curve(certificate: Certificate) -> tuple[np.ndarray, np.ndarray]:
@@ -82,9 +83,15 @@ def plot_certificates(
         radii, accuracy = certified_curve(certificate)
         clean = 100.0 * float(np.mean(np.asarray(certificate.correct)))
         label = f"{name}, {clean:.1f} % correct"
-        (line,) = axes.step(radii, 100.0 * accuracy, where="post", label=label)
+        # An input whose class can never change has an infinite radius: it stays up to the edge.
+        finite = np.isfinite(radii)
+        drawn = (
+            np.append(radii[finite], FAR),
+            100.0 * np.append(accuracy[finite], accuracy[finite][-1]),
+        )
+        (line,) = axes.step(*drawn, where="post", label=label)
         axes.plot(0.0, clean, marker="o", clip_on=False, zorder=3, color=line.get_color())
-        tail = radii[accuracy > TAIL]
+        tail = radii[finite & (accuracy > TAIL)]
         end = max(end, float(tail[-1]) if len(tail) else 0.0)
     for mark in marks:
         axes.axvline(mark, color="0.7", linewidth=0.8, zorder=0)

@@ -31,24 +31,21 @@ PACKAGES = (
 def certificate_table(
     certificates: Mapping[str, Certificate], radii: Sequence[float], *, title: str
 ) -> Table:
-    """One row per certificate: clean accuracy, certified accuracy at each radius, median radius."""
+    """One column per certificate: accuracy, certified accuracy at each radius, median radius."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("training", "inputs", "clean", *(f"at {radius:g}" for radius in radii)):
-        table.add_column(column, justify="left" if column == "training" else "right")
-    table.add_column("median radius", justify="right")
-    table.add_column("level")
-    for name, certificate in certificates.items():
-        table.add_row(
-            name,
-            str(len(certificate.radius)),
-            _percent(float(np.mean(np.asarray(certificate.correct)))),
-            *(_percent(float(certificate.certified_accuracy(radius))) for radius in radii),
-            f"{float(certificate.median_radius):.4f}",
-            certificate.level,
-        )
-    table.caption = (
-        "certified accuracy: correct, and no L2 perturbation up to the radius changes the class"
-    )
+    table.add_column("training")
+    for name in certificates:
+        table.add_column(name, justify="right")
+    several = list(certificates.values())
+    table.add_row("inputs", *(str(len(c.radius)) for c in several))
+    table.add_row("correct, %", *(_percent(float(np.mean(c.correct))) for c in several))
+    for radius in radii:
+        shares = (_percent(c.certified_accuracy(radius)) for c in several)
+        table.add_row(f"certified at {radius:g}, %", *shares)
+    table.add_row("median certified radius", *(f"{c.median_radius:.4f}" for c in several))
+    table.add_row("Lipschitz constant", *(f"{c.total:.4g}" for c in several))
+    table.add_row("level", *(c.level for c in several))
+    table.caption = "certified: correct, and no L2 change up to the radius alters the class"
     return table
 
 
@@ -106,4 +103,4 @@ def backend_table() -> Table:
 
 
 def _percent(share: float) -> str:
-    return f"{100.0 * share:.2f} %"
+    return f"{100.0 * share:.2f}"

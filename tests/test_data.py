@@ -74,6 +74,11 @@ def test_float_images_are_kept_as_they_are(write_npz):
     assert np.array_equal(data.x_test.numpy(), content["x_test"])
 
 
+def test_grey_images_do_not_pass_for_channels_last(write_npz):
+    data = load_dataset(write_npz(**arrays((7, 5))))
+    assert data.x_test.stride() == (35, 35, 5, 1)
+
+
 def test_same_file_same_digest_and_one_pixel_changes_it(write_npz):
     content = arrays()
     first = load_dataset(write_npz(**content)).digest

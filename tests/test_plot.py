@@ -57,6 +57,15 @@ def test_a_figure_of_several_certificates_is_reproducible(tmp_path):
     assert first == second
 
 
+def test_inputs_that_can_never_change_stay_on_the_curve(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    constant = certificate([0.5, np.inf], [True, True])
+    radii, accuracy = certified_curve(constant)
+    assert radii.tolist() == [0.0, 0.5, np.inf]
+    assert accuracy.tolist() == [1.0, 0.5, 0.0]
+    assert plot_certificates(constant, tmp_path / "constant.png").stat().st_size > 5000
+
+
 def test_no_pyplot_and_so_no_global_state(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     before = "matplotlib.pyplot" in sys.modules
