@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("typer", reason="the command line needs typer")
 
+from lmtfast.certificate import load_certificate
 from lmtfast.cli import INSTALL_HINT, main
 from lmtfast.recipes import recipe_names
 
@@ -163,3 +164,54 @@ def test_info_lists_versions_and_backends(capsys):
 def test_module_entry_point():
     words = [sys.executable, "-m", "lmtfast", "train", "--bad-option"]
     assert subprocess.run(words, capture_output=True).returncode == 2
+
+
+@pytest.fixture(scope="module")
+def certificate(workspace):
+    path = workspace / "certificate.npz"
+    words = ["certify", workspace / "run", "--data", workspace / "set.npz", "--out", path]
+    assert run(*words, "--plot", workspace / "curve.png") == 0
+    return path
+
+
+def test_certify_writes_what_verify_confirms(workspace, certificate, capsys):
+    loaded = load_certificate(certificate)
+    assert loaded.level == "rigorous"
+    assert len(loaded.radius) == 30
+    assert loaded.median_radius > 0.0
+    assert (workspace / "curve.png").stat().st_size > 5000
+    words = ["verify", certificate, "--checkpoint", workspace / "run"]
+    assert run(*words, "--data", workspace / "set.npz") == 0
+    assert "verified" in capsys.readouterr().out
+
+
+def test_certify_prints_the_radii_asked_for(workspace, tmp_path, capsys):
+    words = ["certify", workspace / "run", "--data", workspace / "set.npz", "--limit", 5]
+    assert run(*words, "--radius", 0.07, "--out", tmp_path / "few.npz") == 0
+    out = capsys.readouterr().out
+    assert "certified at 0.07" in out
+    assert len(load_certificate(tmp_path / "few.npz").radius) == 5
+    words = ["verify", tmp_path / "few.npz", "--checkpoint", workspace / "run"]
+    assert run(*words, "--data", workspace / "set.npz") == 0
+
+
+def test_another_network_or_other_data_exits_with_1(workspace, certificate, tmp_path, capsys):
+    words = ["train", "--config", workspace / "run.toml", "--data", workspace / "set.npz"]
+    assert run(*words, "--epochs", 1, "--seed", 1, "--out", tmp_path / "other") == 0
+    capsys.readouterr()
+    assert run("verify", certificate, "--checkpoint", tmp_path / "other") == 1
+    assert "not verified" in capsys.readouterr().out
+
+    with np.load(workspace / "set.npz") as stored:
+        arrays = dict(stored)
+    arrays["x_test"] = arrays["x_test"][::-1]
+    np.savez(tmp_path / "reversed.npz", **arrays)
+    words = ["verify", certificate, "--checkpoint", workspace / "run"]
+    assert run(*words, "--data", tmp_path / "reversed.npz") == 1
+
+
+def test_a_damaged_certificate_exits_with_1(workspace, certificate, tmp_path):
+    raw = bytearray(certificate.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "damaged.npz").write_bytes(raw)
+    assert run("verify", tmp_path / "damaged.npz", "--checkpoint", workspace / "run") == 1

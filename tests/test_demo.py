@@ -40,6 +40,7 @@ def test_every_file_is_there(result):
     assert "total" in (folder / "seconds.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_demo_replaces_the_first(result):
     folder = result.files[0].parent
     again = run_demo(folder, epochs=1)
