@@ -28,7 +28,6 @@ GEOMETRIES = {
 # Estimates that no state can push above the true norm.
 LOWER = ("operator", "separable")
 # Estimates whose state is kept where the weights give no direction.
-RECOVERING = ("symbol", "separable")
 ALL = [(e, g) for e in ENGINES for g in GEOMETRIES]
 
 
@@ -167,7 +166,7 @@ def test_zero_weights(name: str, geometry: str) -> None:
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", RECOVERING)
+@pytest.mark.parametrize("name", ENGINES)
 def test_recovers_from_zero_weights(name: str) -> None:
     # Residual branches are often initialised to zero: the iterate must survive it.
     engine, (region, weight) = get_engine(name), case("groups")

@@ -8,6 +8,7 @@ spectral norm.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lmtfast.backends import reference
@@ -38,7 +39,11 @@ def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> St
     image = reference.matvec(region, weights, v)
     sigma = length(image)
     u = unit(image)
-    new = unit(reference.rmatvec(region, weights, u)).reshape(-1) if update else state
+    new = state
+    if update:
+        following = unit(reference.rmatvec(region, weights, u)).reshape(-1)
+        # Weights that are zero now (a residual branch at its start) must not end the iteration.
+        new = torch.where((following != 0).any(), following, v.reshape(-1))
     return Step(sigma, new, (u, v))
 
 
