@@ -326,7 +326,7 @@ def _region(value: Value) -> Region:
     nodes = tuple(RegionNode(e.op, tuple(position[id(i)] for i in e.inputs), e.axis) for e in order)
     names = [n.op.name for n in nodes if isinstance(n.op, Primitive) and _weighty(n.op)]
     names = names or [n.op.name for n in nodes if isinstance(n.op, Primitive)]
-    name = "+".join(dict.fromkeys(names))
+    name = "+".join(dict.fromkeys(filter(None, names)))
     return Region(name, value.base.shape, value.expression.shape, nodes)
 
 
