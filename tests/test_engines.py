@@ -27,7 +27,6 @@ GEOMETRIES = {
 }
 # Estimates that no state can push above the true norm.
 LOWER = ("operator", "separable")
-# Estimates whose state is kept where the weights give no direction.
 ALL = [(e, g) for e in ENGINES for g in GEOMETRIES]
 
 
