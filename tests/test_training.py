@@ -106,6 +106,7 @@ def test_the_margin_loss_buys_radius():
             "method": "lmt",
             "model": "wide-resnet",
             "model_options": {"depth": 10, "width": 1, "dropout": 0.3},
+            "batch_norm": "batch",
             "engine": "symbol",
         },
     ],
