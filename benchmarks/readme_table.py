@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
-HEADER = (
-    "| run | level | inputs | clean | certified accuracy at L2 radius | median radius |\n"
-    "|---|---|---|---|---|---|\n"
-)
+CAPTION = """
+Share of test inputs, in percent, that are correct, and that are certified at an L2 radius in input
+units; median certified radius. The rows are read from the certificates in the folders they name.
+
+"""
 RADII = (0.1, 0.25, 0.5, 1.0)
 
 
@@ -31,23 +32,26 @@ def radii_of(folder: Path) -> list[float]:
     return list(values.get("certify_radii") or RADII)
 
 
-def row(path: Path) -> str:
+def row(path: Path, radii: list[float]) -> list[str]:
     certificate = lf.load_certificate(path)
-    shares = ", ".join(
-        f"{100 * certificate.certified_accuracy(r):.1f} % at {r:g}" for r in radii_of(path.parent)
-    )
     name = f"[{path.parent.name}]({path.parent.relative_to(ROOT)})"
-    clean = 100 * certificate.n_correct / certificate.n_total
-    return (
-        f"| {name} | {certificate.level} | {certificate.n_total} | {clean:.2f} % | {shares} | "
-        f"{certificate.median_radius:.3f} |\n"
-    )
+    shares = [certificate.n_correct / certificate.n_total]
+    shares += [certificate.certified_accuracy(radius) for radius in radii]
+    figures = [f"{100 * share:.2f}" for share in shares]
+    median = f"{certificate.median_radius:.3f}"
+    return [name, certificate.level, str(certificate.n_total), *figures, median]
 
 
 def table() -> str:
     """The table in Markdown; empty without results."""
-    rows = [row(path) for path in sorted(RESULTS.glob("*/*.npz"))]
-    return "\n" + HEADER + "".join(rows) + "\n" if rows else ""
+    paths = sorted(RESULTS.glob("*/*.npz"))
+    if not paths:
+        return ""
+    radii = sorted({radius for path in paths for radius in radii_of(path.parent)})
+    head = ["run", "level", "inputs", "correct", *(f"{radius:g}" for radius in radii), "median"]
+    rows = [head, ["---"] * len(head), *(row(path, radii) for path in paths)]
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in rows]
+    return CAPTION + "".join(lines) + "\n"
 
 
 def with_table(readme: str) -> str:
