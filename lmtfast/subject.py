@@ -24,7 +24,7 @@ from lmtfast.weights import named_tensors
 # float64 entries a chunk of samples may need at once, unfolded windows of a convolution included.
 CHUNK_ENTRIES = 1 << 26
 MAX_CHUNK = 256
-COMPARED_INPUTS = (32, 7)
+COMPARED_INPUTS = (32, 7, 32)
 # Module and traced program run the same calls: float noise stays far below this many roundings.
 COMPARED_ROUNDINGS = 2.0**12
 

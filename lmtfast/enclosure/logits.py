@@ -201,7 +201,10 @@ class LogitEnclosure:
     def _constant(self, item: Any, x: Tensor) -> Any:
         if item == BATCH:
             return len(x)
-        return self._weights[item].to(x.device) if isinstance(item, REF_TYPES) else item
+        if not isinstance(item, REF_TYPES):
+            return item
+        tensor = self._weights[item].to(x.device)
+        return tensor.double() if tensor.is_floating_point() else tensor
 
     def _call(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], batch: int) -> ErrorCall:
         def fill(item: Any) -> Any:
