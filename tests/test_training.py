@@ -102,13 +102,16 @@ def test_the_margin_loss_buys_radius():
             "eps_ramp_epochs": 2.5,
             "scaling": "emma",
         },
-        {
-            "method": "lmt",
-            "model": "wide-resnet",
-            "model_options": {"depth": 10, "width": 1, "dropout": 0.3},
-            "batch_norm": "batch",
-            "engine": "symbol",
-        },
+        pytest.param(
+            {
+                "method": "lmt",
+                "model": "wide-resnet",
+                "model_options": {"depth": 10, "width": 1, "dropout": 0.3},
+                "batch_norm": "batch",
+                "engine": "symbol",
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["lmt", "plain-sgd", "ramp-emma", "wide-resnet-dropout"],
 )
