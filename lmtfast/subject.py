@@ -60,7 +60,9 @@ def prepare(
     # A copy: nothing that happens to the model later can enter.
     tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
     digest = weights_sha256(tensors)
-    traced = trace_model(model, input_shape)
+    # Under autocast the program would round the weights themselves.
+    with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
+        traced = trace_model(model, input_shape)
     output = traced.graph.output_shape
     if len(output) != 1:
         raise ShapeError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Certificates as data and as files: statistics, round trip, damage, disagreement with the model."""
+"""Certificates as data and as files: statistics, round trip, damage, disagreement."""
 
 from __future__ import annotations
 
@@ -66,7 +66,6 @@ def with_radii(certificate: Certificate, radii: list[float], right: list[bool]) 
 
 
 # -- statistics
-# --------------------------------------------------------------------------------------
 
 
 def test_misclassified_inputs_count_as_zero_in_the_median(certificate: Certificate) -> None:
@@ -98,10 +97,13 @@ def test_infinite_radii_are_flagged_as_constant(certificate: Certificate) -> Non
 def test_without_labels_statistics_say_what_is_missing(certificate: Certificate) -> None:
     bare = dataclasses.replace(certificate, label=None)
     asks: list[Callable[[], Any]] = [
-        lambda: bare.radius, lambda: bare.correct, lambda: bare.median_radius, lambda:
-            bare.n_correct,
-        lambda: bare.certified_accuracy(0.1), lambda: bare.to_tsv("never.tsv"),
-    ]  # fmt: skip
+        lambda: bare.radius,
+        lambda: bare.correct,
+        lambda: bare.median_radius,
+        lambda: bare.n_correct,
+        lambda: bare.certified_accuracy(0.1),
+        lambda: bare.to_tsv("never.tsv"),
+    ]
     for ask in asks:
         with pytest.raises(ArgumentError, match="labels"):
             ask()
@@ -128,7 +130,6 @@ def test_counts_add_up_for_random_results(certificate: Certificate) -> None:
 
 
 # -- files
-# -------------------------------------------------------------------------------------------
 
 
 def same(a: Certificate, b: Certificate) -> bool:
@@ -254,7 +255,9 @@ TEXTS = {
     "fewer classes": lambda t: t.replace('"classes":3', '"classes":1'),
     "counts": lambda t: t.replace('"total":21', '"total":22'),
     "certified count": lambda t: t.replace('"certified":', '"certified":1'),
-    "empty range": lambda t: t.replace('["0x0.0p+0","0x1.0000000000000p+0"]', '["0x0.0p+0","0x0.0p+0"]'),
+    "empty range": lambda t: t.replace(
+        '["0x0.0p+0","0x1.0000000000000p+0"]', '["0x0.0p+0","0x0.0p+0"]'
+    ),
     "infinite range": lambda t: t.replace('["0x0.0p+0"', '["-inf"'),
     "decimal float": lambda t: t.replace('["0x0.0p+0"', '["0.0"'),
     "shape": lambda t: t.replace('"input_shape":[4]', '"input_shape":[]'),
@@ -263,7 +266,7 @@ TEXTS = {
     "a list": lambda t: f"[{t}]",
     "escape": lambda t: t.replace('"level"', '"\\u006cevel"'),
     "trailing text": lambda t: t + " ",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -345,7 +348,6 @@ def test_saving_replaces_the_file_or_leaves_it(
 
 
 # -- verification
-# ------------------------------------------------------------------------------------
 
 
 def test_a_certificate_verifies(certificate: Certificate, network: nn.Module, data: Any) -> None:
@@ -363,7 +365,9 @@ def test_looser_claims_verify(certificate: Certificate, network: nn.Module, data
 
 FORGERIES: dict[str, Callable[[Certificate], dict[str, Any]]] = {
     "radii": lambda c: {"prediction_radius": c.prediction_radius * (1 + 1e-6)},
-    "one radius": lambda c: {"prediction_radius": np.where(np.arange(21) == 7, 9.0, c.prediction_radius)},
+    "one radius": lambda c: {
+        "prediction_radius": np.where(np.arange(21) == 7, 9.0, c.prediction_radius)
+    },
     "margins": lambda c: {"margin_lower": c.margin_lower * (1 + 1e-9)},
     "predictions": lambda c: {"prediction": (c.prediction + 1) % 3},
     "labels": lambda c: {"label": c.prediction},
@@ -376,7 +380,7 @@ FORGERIES: dict[str, Callable[[Certificate], dict[str, Any]]] = {
     "weights": lambda c: {"weights_sha256": "0" * 64},
     "head": lambda c: {"head_sha256": "0" * 64},
     "classes": lambda c: {"classes": 4},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
