@@ -200,7 +200,7 @@ class _Walk:
     def _refuse(self, where: str, reason: str) -> UnsupportedLayerError:
         return UnsupportedLayerError(
             "one tensor in, one tensor out, built from operations with a Lipschitz rule", reason,
-            repr(where), "rewrite the part, or register a rule with lmtfast.register_rule",
+            repr(where or "the model's forward"), "rewrite the part, or register a rule with lmtfast.register_rule",
         )  # fmt: skip
 
     def _placeholder(self, node: torch.fx.Node, signature: Any) -> None:
@@ -262,8 +262,7 @@ class _Walk:
         )  # fmt: skip
         if rule is None:
             raise call.unsupported("there is no rule for it")
-        traced = sum(_is_traced(a) for a in arguments.values())
-        if traced > 1 and target in SINGLE:
+        if sum(map(_is_traced, arguments.values())) > 1 and target in SINGLE:
             raise call.unsupported("more than one argument depends on the input")
         result = rule(call)
         self._check_shape(call, result)
@@ -278,7 +277,10 @@ class _Walk:
                 raise call.unsupported(f"the rule gave shape {part.shape}, the program {shape}")
 
     def _scalar(self, node: torch.fx.Node) -> Any:
-        # Arithmetic on sizes that export left in the program: constants only.
+        # Arithmetic on sizes that export left in the program: constants, or the batch size again.
+        size = node.meta.get("val")
+        if isinstance(size, torch.SymInt):
+            return BATCH if str(size) == str(self.batch) else Unusable(str(node.target))
         args = [self._lookup(a, node) if isinstance(a, torch.fx.Node) else a for a in node.args]
         if any(isinstance(a, (Value, str)) for a in args):
             raise self._refuse(node.name, f"{node.target} on the batch size or a traced tensor")
@@ -313,7 +315,9 @@ class _Walk:
             return self._leave(source, path, value)
         found = self.env[source]
         if isinstance(found, Unusable):
-            raise self._refuse(source.name, f"a side result of {found.target}, such as indices")
+            raise self._refuse(
+                source.name, f"a side result of {found.target}, such as indices or a size"
+            )
         return found
 
     def _out_shapes(self, node: torch.fx.Node, name: str) -> tuple[Shape | None, ...]:
