@@ -82,7 +82,9 @@ def export_program(model: nn.Module, input_shape: Shape) -> torch.export.Exporte
         backed_size_oblivious=True
     )
     try:
-        with inference_mode_of(model), torch.no_grad(), warnings.catch_warnings():
+        # Under autocast the program would hold casts of the weights, and bound the rounded ones.
+        precise = torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+        with inference_mode_of(model), torch.no_grad(), precise, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 with every_size:

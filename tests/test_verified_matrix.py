@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,9 +318,12 @@ def test_a_lying_estimate_cannot_lower_the_bound(
     monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     honest = residual.ResidualSweep._top
-    monkeypatch.setattr(
-        residual.ResidualSweep, "_top", staticmethod(lambda *args: share * honest(*args))
-    )
+
+    def lying(*args: Any, **kwargs: Any) -> tuple[float, bool]:
+        guess, solved = honest(*args, **kwargs)
+        return share * guess, solved
+
+    monkeypatch.setattr(residual.ResidualSweep, "_top", staticmethod(lying))
     rng = np.random.default_rng(8)
     for _ in range(6):
         matrix = rng.standard_normal((4, 5))

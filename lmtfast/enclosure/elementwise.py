@@ -49,10 +49,6 @@ def _hardsigmoid(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
     return rounded(torch.ones_like(y), FEW)
 
 
-def _softshrink(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
-    return rounded(y)
-
-
 def _exponential(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
     # scale * alpha * expm1(input_scale * x): a factor of at most 1 for negative arguments.
     size = abs(float(call.get("alpha", 2.0)) * float(call.get("scale", 1.0)))
@@ -64,7 +60,7 @@ def _exponential(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
 ACCURACY: dict[str, Accuracy] = {
     "aten.relu.default": _exact, "aten.relu6.default": _exact, "aten.hardtanh.default": _exact,
     "aten.abs.default": _exact, "aten.clamp.default": _exact, "aten.clamp_min.default": _exact,
-    "aten.clamp_max.default": _exact, "aten.softshrink.default": _softshrink,
+    "aten.clamp_max.default": _exact,
     "aten.tanh.default": _relative(FEW), "aten.sigmoid.default": _relative(FEW),
     "aten.atan.default": _relative(FEW), "aten.erf.default": _relative(FEW),
     "aten.log_sigmoid.default": _relative(2 * FEW),

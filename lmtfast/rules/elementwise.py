@@ -21,7 +21,7 @@ CONSTANT_ONE = (
     "aten.relu.default", "aten.relu6.default", "aten.tanh.default", "aten.hardtanh.default",
     "aten.abs.default", "aten.sin.default", "aten.cos.default", "aten.atan.default",
     "aten.log_sigmoid.default", "aten.clamp_min.default", "aten.clamp_max.default",
-    "aten.softshrink.default", "aten.erf.default",
+    "aten.erf.default",
 )  # fmt: skip
 
 

@@ -174,7 +174,7 @@ class ResidualSweep:
         m = real.shape[-1]
         widening = 16.0 * m * UNIT_ROUNDOFF
         guess, diagonal = self._guess, real.diagonal(dim1=-2, dim2=-1).clone()
-        members, top = 0, 0.0
+        members, top, solved = 0, 0.0, False
         for _ in range(_ATTEMPTS):
             if guess > 0.0:
                 refused = self._attempt(real, imag, diagonal, guess, known)
@@ -184,9 +184,12 @@ class ResidualSweep:
                 if not bool(refused.all()):
                     real, diagonal = real[refused], diagonal[refused]
                     imag = None if imag is None else imag[refused]
-            if len(real) != members:  # a second estimate of the same members would say the same
-                members, top = len(real), self._top(real, imag, diagonal)
-                self.estimate = max(self.estimate, top)
+            if len(real) != members:
+                members, top, solved = len(real), *self._top(real, imag, diagonal)
+            elif not solved and m <= _EIGH_FALLBACK:
+                # Lanczos can settle below the top and report convergence; the refusal has shown it.
+                top, solved = self._top(real, imag, diagonal, solve=True)
+            self.estimate = max(self.estimate, top)
             wanted = max(top * (1.0 + widening), _GUESS_FLOOR)
             if not wanted > guess:
                 widening *= _WIDEN
@@ -264,8 +267,17 @@ class ResidualSweep:
         )
 
     @staticmethod
-    def _top(real: torch.Tensor, imag: torch.Tensor | None, diagonal: torch.Tensor) -> float:
-        """Guess the largest eigenvalue in a batch: rank members roughly, then refine the winner."""
+    def _top(
+        real: torch.Tensor,
+        imag: torch.Tensor | None,
+        diagonal: torch.Tensor,
+        *,
+        solve: bool = False,
+    ) -> tuple[float, bool]:
+        """Guess the largest eigenvalue in a batch: rank members roughly, then refine the winner.
+
+        Returns the guess and whether a full eigensolver made it, which ``solve`` insists on.
+        """
         gram = real if imag is None else torch.complex(real, imag)
         batch, m, _ = gram.shape
         if batch > 1 and m > 1:
@@ -281,13 +293,13 @@ class ResidualSweep:
         else:
             winner = int(diagonal.amax(-1).argmax())
         gram = gram[winner]
-        if m > _EIGH_LIMIT:
+        if m > _EIGH_LIMIT and not solve:
             theta, error = top_eigenvalue(
                 lambda v: v @ gram.mT, 1, m, dtype=gram.dtype, device=gram.device
             )
             if m > _EIGH_FALLBACK or bool(error <= _CONVERGED * theta):
-                return float(theta + error)
-        return float(torch.linalg.eigvalsh(gram)[-1])
+                return float(theta + error), False
+        return float(torch.linalg.eigvalsh(gram)[-1]), True
 
 
 def chunk_size(m: int, n: int) -> int:
