@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ from torch import nn
 
 from lmtfast.backends.reference import effective_weight
 from lmtfast.bound import LipschitzBound
+from lmtfast.closed_form import cisse, corollary_1, has_closed_form
 from lmtfast.estimation import NetworkBound
 from lmtfast.graph import Conv, Operator, Region
 from lmtfast.guarantee import certified_bound
@@ -132,11 +132,10 @@ def write_layers(path: str | Path, networks: Mapping[str, LayerBounds]) -> Path:
 @torch.no_grad()
 def _layer(operator: Operator, bound: LipschitzBound, weights: Weights) -> LayerBound:
     conv = operator.primitive if isinstance(operator, Region) else None
-    corollary = cisse = None
-    if isinstance(conv, Conv) and _plain(conv):
-        matrix_norm = _kernel_matrix_norm(conv, weights)
-        corollary = math.sqrt(_overlaps(conv)) * matrix_norm
-        cisse = math.sqrt(math.prod(conv.kernel)) * matrix_norm
+    corollary = older = None
+    if isinstance(conv, Conv) and has_closed_form(conv):
+        kernel = effective_weight(conv, weights)
+        corollary, older = corollary_1(conv, kernel), cisse(conv, kernel)
     return LayerBound(
         operator.name,
         operator.kind,
@@ -145,32 +144,5 @@ def _layer(operator: Operator, bound: LipschitzBound, weights: Weights) -> Layer
         float(bound.per_operator[operator.name]),
         bound.methods.get(operator.name, bound.method),
         corollary,
-        cisse,
+        older,
     )
-
-
-def _plain(conv: Conv) -> bool:
-    """Whether both older bounds speak of this map: a zero-padded, undilated convolution."""
-    return (
-        not conv.transposed
-        and conv.identity_gain == 0.0
-        and conv.padding_mode == "zeros"
-        and all(d == 1 for d in conv.dilation)
-    )
-
-
-def _overlaps(conv: Conv) -> int:
-    """Most windows that read one entry: per axis ceil(min(k, outputs at stride 1) / s)."""
-    count = 1
-    for size, k, s, (low, high) in zip(
-        conv.in_shape[1:], conv.kernel, conv.stride, conv.padding, strict=True
-    ):
-        count *= math.ceil(min(k, size + low + high - k + 1) / s)
-    return count
-
-
-def _kernel_matrix_norm(conv: Conv, weights: Weights) -> float:
-    """Norm of the kernel as a matrix of C_out rows, scales included; the largest over groups."""
-    kernel = effective_weight(conv, weights)  # (C_out, C_in / groups, *k)
-    blocks = kernel.reshape(conv.groups, kernel.shape[0] // conv.groups, -1)
-    return float(torch.linalg.matrix_norm(blocks, ord=2).max())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lmtfast import layer_bounds as module
+from lmtfast.closed_form import stagnation_bound
 from lmtfast.layer_bounds import LayerBound, layer_bounds
 from tests.oracles import conv_matrix, svd_norm
 
@@ -97,3 +98,12 @@ def test_batch_norm_is_part_of_the_kernel() -> None:
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     matrix = (conv.weight.double().reshape(3, -1) * scale[:, None]).detach().numpy()
     assert layer.corollary_1 == pytest.approx(3.0 * svd_norm(matrix), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "growth", "dimension", "want"),
+    [(4.0, 1e-6, 784, 2.0140490), (4.0, 0.0, 784, 2.0), (1.0, 1e-12, 3072, 1.0000277)],
+)
+def test_stagnation_bound(value: float, growth: float, dimension: int, want: float) -> None:
+    got = stagnation_bound(value, value - growth, dimension)
+    assert got == pytest.approx(want, abs=5e-8)
