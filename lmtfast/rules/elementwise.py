@@ -114,14 +114,14 @@ def celu(call: TracedCall) -> Value:
 
 @operation_rule("aten.softplus.default")
 def softplus(call: TracedCall) -> Value:
-    # The call switches to the identity where beta x > threshold, a jump of log1p(exp(-threshold)) /
-    # beta at the value threshold / beta. Relative to that value, whatever beta is, it is below
-    # float32 rounding from threshold = 20 (the default) on: 1e-10.
+    # The call switches to the identity where beta x > threshold, a jump of
+    # log1p(exp(-threshold)) / beta: a rounding error only if both bounds below hold.
     beta, threshold = float(call["beta"]), float(call["threshold"])
-    if not (0 < beta < math.inf and threshold >= 20.0):
+    if not (0 < beta < math.inf and threshold >= 20.0 and beta * threshold >= 20.0):
         raise call.unsupported(
             f"beta={beta}, threshold={threshold}: no global constant unless beta > 0, and the "
-            "switch to the identity is a visible jump unless threshold >= 20"
+            "switch to the identity is a visible jump unless threshold and beta * threshold "
+            "are at least 20"
         )
     return _apply(call, 1.0)
 
