@@ -97,6 +97,10 @@ class Samples:
                 x, y = batch[0], batch[1] if len(batch) == 2 else None
             inputs = self._inputs(x)
             labels = None if y is None else self._labels(y, len(inputs))
+            if batches is data:
+                # A loader may write its next batch into the same memory; chunks outlive batches.
+                inputs = inputs.clone()
+                labels = None if labels is None else labels.clone()
             if self.labelled not in (None, labels is not None):
                 raise ArgumentError(
                     "labels for all inputs or for none", "some of each", WHERE, "make them alike"
@@ -171,7 +175,9 @@ def _as_tensor(item: Any, what: str) -> Tensor:
     if isinstance(item, np.ndarray) or not isinstance(item, Sequence) or isinstance(item, str):
         name = str(item.dtype) if isinstance(item, np.ndarray) else type(item).__name__
         raise DtypeError(f"{what} as a tensor or numeric array", name, WHERE, "convert them first")
-    return torch.as_tensor(item)
+    tensor = torch.as_tensor(item)
+    # Python floats are float64; the default dtype would round them.
+    return torch.as_tensor(item, dtype=torch.float64) if tensor.is_floating_point() else tensor
 
 
 def _joined(held: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
