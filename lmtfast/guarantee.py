@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,18 @@ from lmtfast.verified.moment import moment_norm_upper
 from lmtfast.verified.region import (
     METHODS,
     absolute,
+    check_weights,
     lanczos_norm,
     operator_norm_upper,
+    product_error_up,
     weight_roundings,
 )  # fmt: skip
 from lmtfast.verified.rounding import gamma_up, next_up
 from lmtfast.weights import Weights, named_tensors
 
 DELTA = 2.0**-100
+# With a larger relative error of a product the moment bound's allowance would eat its threshold.
+LARGEST_PRODUCT_ERROR = 2.0**-31
 
 
 def check_level(level: str, method: str = "auto") -> None:
@@ -66,7 +70,8 @@ def check_certifiable(model: nn.Module) -> None:
                 "weights with values", "a tensor on the meta device", repr(name),
                 "materialise the model before bounding it",
             )  # fmt: skip
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        values = tensor.is_floating_point() or tensor.is_complex()
+        if values and not bool(tensor.isfinite().all()):
             raise NonFiniteError(
                 "finite weights and buffers", "NaN or infinity", repr(name),
                 "find where training diverged; no bound exists for this model",
@@ -132,13 +137,19 @@ def certified_bound(
 
 
 def plan_bound(
-    plan: BoundPlan, model: nn.Module, *, level: str, delta: float = DELTA, method: str = "auto"
+    plan: BoundPlan,
+    model: nn.Module,
+    *,
+    level: str,
+    delta: float = DELTA,
+    method: str = "auto",
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> LipschitzBound:
-    """The guaranteed bound of a model whose plan is fresh."""
+    """The guaranteed bound of a model whose plan is fresh; ``tensors`` replace its own."""
     plan.check_fresh(model)
     ensure_arithmetic(torch.device("cpu"))
-    tensors = {n: t.detach().cpu() for n, t in named_tensors(model).items()}
-    weights = Weights(tensors, dtype=torch.float64)
+    tensors = named_tensors(model) if tensors is None else tensors
+    weights = Weights({n: t.detach().cpu() for n, t in tensors.items()}, dtype=torch.float64)
     if level == "probabilistic" and not 0.0 < delta < 1.0:
         raise ArgumentError(
             "a probability in (0, 1)", repr(delta), "delta", "use the default 2**-100"
@@ -170,6 +181,7 @@ def _norm(
         return operator_norm_upper(operator, weights, method=method)
     assert isinstance(operator, Region)
     region = operator
+    check_weights(region, weights)
 
     def apply(x: Tensor) -> Tensor:
         return region_apply(region, weights, x)
@@ -180,7 +192,11 @@ def _norm(
             (result,) = torch.autograd.grad(apply(x), x, u)
         return result
 
-    upper = moment_norm_upper(apply, adjoint, region.in_shape, delta=delta)
+    error = product_error_up(region, weights, apply, adjoint)
+    if not error <= LARGEST_PRODUCT_ERROR:
+        # Weights that cancel or leave the range: products say too little, a proof says enough.
+        return operator_norm_upper(operator, weights, method=method)
+    upper = moment_norm_upper(apply, adjoint, region.in_shape, delta=delta, product_error=error)
     return enclosure(upper, lanczos_norm(region, weights), "moment")
 
 

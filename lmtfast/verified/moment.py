@@ -55,6 +55,7 @@ def moment_norm_upper(
     probes: int = 10,
     iterations: int = 100,
     device: torch.device | str = "cpu",
+    product_error: float = 0.0,
 ) -> float:
     r"""Bound an operator norm from above with failure probability at most ``delta``.
 
@@ -81,6 +82,7 @@ def moment_norm_upper(
         probes: Independent vectors r; more cost time and tighten the bound.
         iterations: Rounds k of operator and adjoint.
         device: Where the operator lives.
+        product_error: Bound on the relative error of a product where it exceeds ``PRODUCT_ERROR``.
 
     Returns:
         The bound as a float; 0.0 if the operator annihilates every probe or the input is empty.
@@ -95,8 +97,8 @@ def moment_norm_upper(
         Probabilistic: for every fixed operator the bound is below the true norm with probability at
         most ``delta`` over this call's own draw. Assumes (a) the operating system's random bytes
         are uniform and independent, (b) every product errs by at most ``PRODUCT_ERROR * norm *
-        |x|`` (2^-35; no underflow, so scale weights near 1), (c) logarithm, sine and cosine in
-        float64 within four units, so that the draw is within 2^-45 |g| of a normal vector.
+        |x|`` (2^-35, or ``product_error``; no underflow, so scale weights near 1), (c) logarithm,
+        sine and cosine in float64 within four units, so that the draw is within 2^-45 |g| of a normal vector.
 
     Source:
         Halko, Martinsson and Tropp, SIAM Review 53 (2011), lemma 4.1, for k = 1/2; powers after
@@ -128,7 +130,7 @@ def moment_norm_upper(
     ensure_arithmetic(torch.device(device))
     x = normal_draw((probes, *in_shape)).to(device)
     norms = torch.linalg.vector_norm(x.reshape(probes, -1), dim=1)
-    step = 2.1 * PRODUCT_ERROR
+    step = 2.1 * max(PRODUCT_ERROR, product_error)
     allowance = step * iterations * (1.0 + step) ** iterations + _DRAW_ERROR
     threshold = share * math.sqrt(math.pi / 2.0) - _OUTWARD * allowance * float(norms.max())
     if threshold < 0.25 * share:

@@ -10,6 +10,7 @@ or float64 values; scales such as folded batch norms are rounded, and that is ad
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -38,10 +39,11 @@ from lmtfast.graph import (
     Slope,
     weight_refs,
 )  # fmt: skip
-from lmtfast.verified.lanczos import top_eigenvalue
+from lmtfast.verified.lanczos import fresh_generator, top_eigenvalue
 from lmtfast.verified.matrix import NormEnclosure, enclosure, matrix_norm_upper
 from lmtfast.verified.rounding import (
     add_up,
+    div_up,
     frobenius_up,
     gamma_up,
     hypot_up,
@@ -60,6 +62,7 @@ DENSE_ENTRIES = 1 << 27
 SCALE_ROUNDINGS = 8
 # Products of weights must stay clear of the underflow threshold 2^-1022 and of overflow.
 SAFE_EXPONENT = 900
+LOWER_STEPS = 20
 
 
 def operator_norm_upper(
@@ -94,17 +97,71 @@ def operator_norm_upper(
         raise ArgumentError(
             f"one of {', '.join(METHODS)}", repr(method), "method", "pick one of these"
         )
+    check_weights(operator, weights)
+    if isinstance(operator, Slope):
+        return _exactly(max(1.0, float(weights[operator.ref].abs().max())), "maximum")
+    if isinstance(operator.primitive, Scale):
+        return _diagonal(operator.primitive, weights)
+    return _region(operator, weights, method)
+
+
+def check_weights(operator: Operator, weights: Weights) -> None:
+    """Refuse NaN, infinity and batch-norm gains that folding rounds away."""
     for ref in weight_refs(operator):
         magnitude(weights[ref].double(), f"a weight of {operator.name!r}")
         if isinstance(ref, BatchNormScale) and ref.weight is not None:
             vanished = (weights[ref].abs() < 2.0**-SAFE_EXPONENT) & (weights[ref.weight] != 0)
             if bool(vanished.any()):
                 raise _extreme(operator.name)
-    if isinstance(operator, Slope):
-        return _exactly(max(1.0, float(weights[operator.ref].abs().max())), "maximum")
-    if isinstance(operator.primitive, Scale):
-        return _diagonal(operator.primitive, weights)
-    return _region(operator, weights, method)
+
+
+def product_error_up(
+    region: Region,
+    weights: Weights,
+    apply: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+) -> float:
+    """Bound on ``|fl(A x) - A x| / (|A| |x|)`` for the region and its adjoint; infinite if unknown.
+
+    With M the map of absolute weights, a product errs by at most ``gamma |M| |x|`` in length, and
+    |M| is at most the root of its largest row sum times its largest column sum. A computed image
+    ``y`` of ``x``, less that error, bounds |A| from below.
+    """
+    sizes = [s[s > 0] for node in region.nodes for s in _factors(node.op, weights)]
+    logs = [abs(math.frexp(float(e))[1]) for s in sizes if s.numel() for e in torch.aminmax(s)]
+    if sum(logs) > SAFE_EXPONENT:
+        return math.inf
+    positive, majorants = absolute(region, weights)
+    ones = torch.ones((1, *region.in_shape), dtype=torch.float64)
+    with torch.enable_grad():
+        ones.requires_grad_()
+        rows = region_apply(positive, majorants, ones)
+        (columns,) = torch.autograd.grad(rows.sum(), ones)
+    # A tensor with several readers collects their gradients: one more rounding each.
+    depth = sum(_depth(n.op) + _adjoint_depth(n.op) + len(region.nodes) for n in region.nodes)
+    size = sqrt_up(mul_up(float(rows.detach().amax()), float(columns.amax())))
+    absolute_error = mul_up(gamma_up(depth), mul_up(size, 1.0 + 4.0 * gamma_up(depth)))
+    x = torch.randn(ones.shape, dtype=torch.float64, generator=fresh_generator())
+    for _ in range(LOWER_STEPS):
+        x = adjoint(apply(x))
+        if not 0.0 < float(x.abs().amax()) < math.inf:
+            return math.inf
+        x = x / x.abs().amax()
+    lower = float(apply(x).norm() / x.norm()) * (1.0 - 2.0**-20) - absolute_error
+    return div_up(absolute_error, lower) if 0.0 < lower < math.inf else math.inf
+
+
+def _adjoint_depth(op: Primitive | str) -> int:
+    """As :func:`_depth`, for the adjoint."""
+    if isinstance(op, Conv):
+        return math.prod(op.kernel) * op.out_shape[0] // op.groups + weight_roundings(op)
+    if isinstance(op, Linear):
+        return op.out_shape[-1] + weight_roundings(op)
+    if isinstance(op, Average):
+        return math.prod(op.out_shape) + 4
+    if isinstance(op, Copy):
+        return op.copies + 2
+    return _depth(op)
 
 
 def _region(region: Region, weights: Weights, method: str) -> NormEnclosure:
