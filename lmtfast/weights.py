@@ -61,8 +61,14 @@ class Weights:
             self._cache[ref] = self._resolve(ref)
         return self._cache[ref]
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if self._dtype and tensor.is_floating_point() else tensor
+    def _cast(self, tensor: Any) -> Any:
+        if isinstance(tensor, (tuple, list)):
+            return type(tensor)(self._cast(t) for t in tensor)
+        if self._dtype is None or not isinstance(tensor, Tensor):
+            return tensor
+        if tensor.is_complex():
+            return tensor.to(self._dtype.to_complex())
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _resolve(self, ref: WeightRef) -> Tensor:
         if isinstance(ref, ParameterRef):
@@ -83,7 +89,8 @@ class Weights:
             return root.reciprocal() if ref.weight is None else self[ref.weight] / root
         args = [self._argument(a) for a in ref.args]
         kwargs = {k: self._argument(v) for k, v in ref.kwargs}
-        return operation(ref.target)(*args, **kwargs)
+        # Casts and factories inside may have left the dtype.
+        return self._cast(operation(ref.target)(*args, **kwargs))
 
     def _argument(self, arg: Any) -> Any:
         if isinstance(arg, (ParameterRef, ConstantRef, BatchNormScale, Derived)):

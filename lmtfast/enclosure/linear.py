@@ -100,7 +100,9 @@ def scale(call: ErrorCall) -> Enclosed:
 
 
 def _size(item: Any) -> Any:
-    return abs(item) if isinstance(item, (int, float)) else _absolute(item)
+    if isinstance(item, (int, float)):
+        return abs(item)
+    return item if item.dtype == torch.bool else _absolute(item)
 
 
 @error_rule(*AVERAGES)
@@ -136,6 +138,9 @@ SLICES = (
 def copying(call: ErrorCall) -> Any:
     values, errors = call.run(), call.run(lambda e: e.local)
     if isinstance(values, (list, tuple)):
+        if len(values) > 1 and any(v.numel() == 0 for v in values):
+            # The other part is then the whole tensor, which starts no base of its own.
+            raise call.refused("a part without entries")
         return tuple(call.linear(v, e) for v, e in zip(values, errors, strict=True))
     return call.linear(values, errors)
 

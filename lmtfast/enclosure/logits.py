@@ -16,12 +16,14 @@ from lmtfast.builder import Base, Expression, GraphBuilder, Value
 from lmtfast.composing import compose_up
 from lmtfast.enclosure.registry import ERROR_RULES, Enclosed, ErrorCall, outward
 from lmtfast.errors import NotCertifiedError
-from lmtfast.graph import BATCH, Copy, Region, Scale
+from lmtfast.graph import BATCH, Copy, Region, Scale, WeightRef
 from lmtfast.rules.registry import REF_TYPES
 from lmtfast.tracing import ASSERTIONS, TracedModel, _Walk, module_name
 from lmtfast.verified.region import operator_norm_upper
 from lmtfast.verified.rounding import mul_up
 from lmtfast.weights import Weights, named_tensors
+
+INTEGERS = (torch.int64, torch.uint64)
 
 
 class _Recorder(GraphBuilder):
@@ -92,7 +94,11 @@ class LogitEnclosure:
                 repr(path),
                 "replace the module by built-in layers: its rule says nothing of rounding",
             )
-        self._weights = Weights({n: t.detach() for n, t in tensors.items()}, dtype=torch.float64)
+        # On the CPU, as for the bound: derived weights are then the same numbers on every device.
+        self._weights = Weights(
+            {n: t.detach().cpu() for n, t in tensors.items()}, dtype=torch.float64
+        )
+        self._placed: dict[tuple[WeightRef, torch.device], Tensor] = {}
         self._norms = None if norms is None else dict(norms)
         self._known: dict[int, float] = {}
         self._last_use = self._lifetimes()
@@ -107,6 +113,12 @@ class LogitEnclosure:
         """
         with torch.no_grad(), _plain_arithmetic(x.device):
             return self._run(x.detach().to(torch.float64))
+
+    @property
+    def references(self) -> tuple[WeightRef, ...]:
+        """Every tensor the program reads, derived ones included."""
+        found = self._walk.env.values()
+        return tuple(dict.fromkeys(r for r in found if isinstance(r, REF_TYPES)))
 
     # -- norms -----------------------------------------------------------------------------------
 
@@ -125,9 +137,7 @@ class LogitEnclosure:
         assert self._norms is not None
         for known in self._builder.operators:
             if known.name not in self._norms:
-                weights = Weights({n: t.cpu() for n, t in self._weights._tensors.items()},
-                                  dtype=torch.float64)  # fmt: skip
-                self._norms[known.name] = operator_norm_upper(known, weights).upper
+                self._norms[known.name] = operator_norm_upper(known, self._weights).upper
         sigmas = [self._norms[o.name] for o in self._builder.operators]
         return compose_up(self._builder.tape[: index + 1], sigmas)[index]
 
@@ -203,8 +213,17 @@ class LogitEnclosure:
             return len(x)
         if not isinstance(item, REF_TYPES):
             return item
-        tensor = self._weights[item].to(x.device)
-        return tensor.double() if tensor.is_floating_point() else tensor
+        key = (item, x.device)
+        if key not in self._placed:
+            tensor = self._weights[item]
+            integer = tensor.dtype in INTEGERS
+            if integer and bool((tensor.double().abs() > 2.0**53).any()):
+                raise NotCertifiedError(
+                    "integer constants of at most 2^53, exact in float64", "a larger one",
+                    type(self.program).__name__, "store the constant in floating point",
+                )  # fmt: skip
+            self._placed[key] = tensor.to(x.device)
+        return self._placed[key]
 
     def _call(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], batch: int) -> ErrorCall:
         def fill(item: Any) -> Any:
