@@ -54,7 +54,7 @@ class Certificate:
         classes: Number of logits.
         input_shape, input_range: The declared inputs, in whose units radii are.
         weights_sha256: Hash of every parameter and buffer.
-        fingerprint: Of the plan.
+        fingerprint: Hash of the plan and of every traced call, constants in code included.
         versions: Of the library, torch and numpy.
         semantics: ``"ideal"``: speaks of the exact real function, not of its execution in floats.
         norm: ``"l2"``.

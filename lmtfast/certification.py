@@ -111,14 +111,13 @@ def certify(
             "weights that stay as they are", "other weights after certifying than before",
             type(model).__name__, "stop whatever trains or edits the model, and certify again",
         )  # fmt: skip
-    parametrized = any(isinstance(ref, Derived) for ref in subject.plan.slots)
     return Certificate(
         **columns,
         level=level,
         delta=bound.delta,
         method=bound.method,
         requested_method=method,
-        operators=operator_rows(bound),
+        operators=tuple((n, m, canonical_up(x)) for n, m, x in operator_rows(bound)),
         slack=float(bound.slack),
         **scales,
         head_sha256=head_sha256(bound),
@@ -126,9 +125,9 @@ def certify(
         input_shape=subject.plan.graph.input_shape,
         input_range=low_high,
         weights_sha256=subject.weights_sha256,
-        fingerprint=subject.plan.fingerprint,
+        fingerprint=subject.fingerprint,
         versions=_versions(),
-        assumptions=(*ASSUMPTIONS, PARAMETRIZED) if parametrized else ASSUMPTIONS,
+        assumptions=assumptions(subject),
     )
 
 
@@ -165,6 +164,12 @@ def sample_radii(
         "margin_lower": margin.numpy(),
         "label": label.to(torch.int64).numpy() if samples.labelled else None,
     }
+
+
+def assumptions(subject: Subject) -> tuple[str, ...]:
+    """What the radii rest on."""
+    parametrized = any(isinstance(ref, Derived) for ref in subject.enclosure.references)
+    return (*ASSUMPTIONS, PARAMETRIZED) if parametrized else ASSUMPTIONS
 
 
 def head_sha256(bound: LipschitzBound) -> str:

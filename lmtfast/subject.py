@@ -17,9 +17,9 @@ from lmtfast.errors import NotCertifiedError, ShapeError
 from lmtfast.graph import Conv, Region
 from lmtfast.guarantee import check_certifiable, plan_bound
 from lmtfast.plan import BoundPlan, make_plan
-from lmtfast.tracing import TracedModel, trace_model
+from lmtfast.tracing import ASSERTIONS, TracedModel, trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
-from lmtfast.weights import named_tensors
+from lmtfast.weights import constant_ref, named_tensors
 
 # float64 entries a chunk of samples may need at once, unfolded windows of a convolution included.
 CHUNK_ENTRIES = 1 << 26
@@ -27,6 +27,8 @@ MAX_CHUNK = 256
 COMPARED_INPUTS = (32, 7, 32)
 # Module and traced program run the same calls: float noise stays far below this many roundings.
 COMPARED_ROUNDINGS = 2.0**12
+# With 16-bit weights that many roundings would excuse any difference.
+COMPARED_DIFFERENCE = 2.0**-4
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Subject:
     """A model ready to be certified: traced, checked, bounded, its weights frozen."""
 
     plan: BoundPlan
+    fingerprint: str
     bound: LipschitzBound
     enclosure: LogitEnclosure
     weights_sha256: str
@@ -71,10 +74,11 @@ def prepare(
         )  # fmt: skip
     compare(model, traced, input_range)
     plan = make_plan(model, traced.graph, engine="operator", backend="reference")
-    bound = plan_bound(plan, model, level=level, delta=delta, method=method)
+    bound = plan_bound(plan, model, level=level, delta=delta, method=method, tensors=tensors)
     norms = {n: float(v) for n, v in bound.per_operator.items()}
     enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)
-    return Subject(plan, bound, enclosure, digest, device, _chunk(traced), output[0])
+    fingerprint = program_sha256(plan, traced)
+    return Subject(plan, fingerprint, bound, enclosure, digest, device, _chunk(traced), output[0])
 
 
 def compare(model: nn.Module, traced: TracedModel, input_range: tuple[float, float]) -> None:
@@ -95,7 +99,7 @@ def compare(model: nn.Module, traced: TracedModel, input_range: tuple[float, flo
             own, expected = model(x.clone()), program(x.clone())
         if isinstance(own, Tensor) and own.shape == expected.shape:
             own, expected = own.double(), expected.double()
-            noise = COMPARED_ROUNDINGS * torch.finfo(dtype).eps
+            noise = min(COMPARED_ROUNDINGS * torch.finfo(dtype).eps, COMPARED_DIFFERENCE)
             difference = float((own - expected).abs().amax())
             if difference <= noise * float(expected.abs().amax()):
                 continue
@@ -123,6 +127,38 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def program_sha256(plan: BoundPlan, traced: TracedModel) -> str:
+    """Hash of the plan and of every call of the program: the function but for its named tensors.
+
+    The plan alone leaves out what moves no bound: shifts, slopes below one, clamping limits.
+    """
+    signature = traced.program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    numbers: dict[torch.fx.Node, int] = {}
+
+    def plain(item: object) -> object:
+        if isinstance(item, torch.fx.Node):
+            return ("node", numbers[item])
+        if isinstance(item, (list, tuple)):
+            return tuple(map(plain, item))
+        return "device" if isinstance(item, torch.device) else item
+
+    lines: list[object] = [plan.fingerprint]
+    for node in traced.program.graph.nodes:
+        if str(node.target) in ASSERTIONS:
+            continue
+        numbers[node] = len(numbers)
+        if node.name in lifted:
+            lines.append(constant_ref(traced.program.constants[lifted[node.name]]))
+        elif node.op == "placeholder":
+            lines.append(("input", named.get(node.name)))
+        else:
+            arguments = sorted((k, plain(v)) for k, v in node.kwargs.items())
+            lines.append((node.op, str(node.target), plain(node.args), arguments))
+    return hashlib.sha256(repr(lines).encode()).hexdigest()
 
 
 def _chunk(traced: TracedModel) -> int:

@@ -9,9 +9,8 @@ import numpy as np
 from torch import nn
 
 from lmtfast.certificate import Certificate
-from lmtfast.certification import head_sha256, operator_rows, sample_radii
+from lmtfast.certification import assumptions, head_sha256, operator_rows, sample_radii
 from lmtfast.guarantee import check_certifiable
-from lmtfast.radius import CANONICAL_MARGIN
 from lmtfast.samples import Samples
 from lmtfast.subject import prepare, weights_sha256
 from lmtfast.weights import named_tensors
@@ -53,11 +52,15 @@ def verify_certificate(certificate: Certificate, model: nn.Module, data: Any = N
         method=certificate.requested_method,
     )  # fmt: skip
     findings: list[str] = []
-    if subject.plan.fingerprint != certificate.fingerprint:
+    if subject.fingerprint != certificate.fingerprint:
         findings.append("the traced network is not the certified one (another fingerprint)")
     if subject.classes != certificate.classes:
         return [*findings, f"{subject.classes} classes in place of {certificate.classes}"]
     findings += _bound_findings(certificate, subject.bound)
+    if missing := sorted(set(assumptions(subject)) - set(certificate.assumptions)):
+        findings.append(f"assumptions that the certificate does not state: {missing}")
+    if (certificate.semantics, certificate.norm) != ("ideal", "l2"):
+        findings.append(f"{certificate.semantics!r} semantics in {certificate.norm!r}, not shown")
     if data is not None:
         samples = Samples(
             data, certificate.input_shape, certificate.input_range, certificate.classes
@@ -76,7 +79,7 @@ def _bound_findings(certificate: Certificate, bound: Any) -> list[str]:
         findings.append("the head's rows are not the certified ones")
     stored_rows = {name: norm for name, _, norm in certificate.operators}
     for name, _, norm in operator_rows(bound):
-        if not stored_rows.pop(name, -1.0) * CANONICAL_MARGIN >= norm:
+        if not stored_rows.pop(name, -1.0) >= norm:
             findings.append(f"the norm of {name!r} is missing or below the recomputed {norm!r}")
     if stored_rows:
         findings.append(f"operators that the network does not have: {sorted(stored_rows)}")
@@ -97,6 +100,8 @@ def _sample_findings(certificate: Certificate, fresh: dict[str, Any]) -> list[st
         "margins are larger than recomputed": ~(certificate.margin_lower <= margin),
     }
     label = fresh["label"]
+    if label is None and certificate.label is not None:
+        findings.append("labels that the data given here does not have")
     if label is not None and certificate.label is not None:
         wrong["labels differ"] = label != certificate.label
         # Without a radius nothing is claimed of the prediction, except whether it is correct.
