@@ -134,7 +134,14 @@ def copying(call: TracedCall) -> Value:
         raise call.unsupported("it mixes the samples of a batch (dim 0)")
     if kind in ("tril", "triu") and rank < 3:
         raise call.unsupported("it treats the samples of a batch differently")
-    return copy(call.builder, value, frozen_call(call, key), call.name, call)
+    frozen = frozen_call(call, key)
+    if kind.startswith("upsample_nearest"):
+        # The index floor(i * scale) is computed in the tensor's own precision.
+        numbered = torch.arange(math.prod(value.shape), dtype=torch.float64) % 2.0**24
+        numbered = numbered.reshape(1, *value.shape)
+        if not torch.equal(execute(frozen, numbered), execute(frozen, numbered.float()).double()):
+            raise call.unsupported("in float32 it copies other entries than in float64")
+    return copy(call.builder, value, frozen, call.name, call)
 
 
 @operation_rule(*IDENTITIES)
