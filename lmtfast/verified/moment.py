@@ -98,7 +98,8 @@ def moment_norm_upper(
         most ``delta`` over this call's own draw. Assumes (a) the operating system's random bytes
         are uniform and independent, (b) every product errs by at most ``PRODUCT_ERROR * norm *
         |x|`` (2^-35, or ``product_error``; no underflow, so scale weights near 1), (c) logarithm,
-        sine and cosine in float64 within four units, so that the draw is within 2^-45 |g| of a normal vector.
+        sine and cosine in float64 within four units, so that the draw is within 2^-45 |g| of a
+        normal vector.
 
     Source:
         Halko, Martinsson and Tropp, SIAM Review 53 (2011), lemma 4.1, for k = 1/2; powers after
