@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lmtfast.backends.pair_norm import pair_norm_forward, pair_norm_vjp
 from lmtfast.engines.network import spectral_step, spectral_vjp
@@ -102,7 +101,6 @@ class SpectralNorms(torch.autograd.Function):
         return sigmas
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_sigmas: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order("NetworkBound")
         n = len(ctx.plan.slots)

@@ -14,6 +14,7 @@ from lmtfast.bound import LEVELS, LipschitzBound
 from lmtfast.composing import compose_up
 from lmtfast.errors import (
     ArgumentError,
+    DtypeError,
     NonFiniteError,
     NotCertifiedError,
     ShapeError,
@@ -331,6 +332,7 @@ def conv_spectral_norm(
 
     Raises:
         ShapeError: ``weight`` is not a kernel of one to three axes.
+        DtypeError: ``weight`` is not floating point.
         ArgumentError: Unknown ``padding_mode`` or ``level``.
         UnsupportedLayerError: The geometry is impossible.
         NonFiniteError: The weight holds NaN or infinity.
@@ -353,6 +355,11 @@ def conv_spectral_norm(
         raise ShapeError(
             "a kernel with one to three spatial axes", str(tuple(weight.shape)),
             "conv_spectral_norm(weight)", "pass the weight of a Conv1d, Conv2d or Conv3d",
+        )  # fmt: skip
+    if not weight.is_floating_point():
+        raise DtypeError(
+            "a floating-point weight", str(weight.dtype), "conv_spectral_norm(weight)",
+            "convert it with weight.float() or weight.double()",
         )  # fmt: skip
     modes = ("zeros",) if transposed else ("zeros", "circular", "reflect", "replicate")
     if padding_mode not in modes:

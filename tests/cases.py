@@ -300,7 +300,6 @@ COPIES = (
     seen("select", Lambda(lambda m, x: x[:, -1]), (4, 2)),
     seen("index, repeated", Lambda(lambda m, x: x[:, [0, 2, 2, 2, 1]]), (4, 2)),
     seen("index, negative", Lambda(lambda m, x: x[:, :, [-1, 0]]), (2, 3)),
-    seen("boolean index", Lambda(lambda m, x: x[:, [True, False, True]]), (3, 2)),
     seen("index_select", Lambda(
         lambda m, x: x.index_select(2, torch.tensor([1, 1, 0]))), (2, 3)),
     seen("concatenation with itself", Lambda(lambda m, x: torch.cat([x, x, x], 2)), (2, 2)),

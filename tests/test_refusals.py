@@ -193,7 +193,8 @@ def test_what_is_no_input_shape_is_refused(shape: object) -> None:
 
 
 def test_an_unknown_operation_is_never_a_constant_of_one() -> None:
-    operations = ["sinh", "cosh", "tan", "asin", "log", "log1p", "expm1", "sqrt", "rsqrt", "digamma",
+    operations = ["sinh", "cosh", "tan", "asin", "log", "log1p", "expm1", "sqrt", "rsqrt",
+                  "digamma",
                   "square", "reciprocal", "logit", "trunc", "ceil", "round", "frac", "erfinv",
                   "lgamma", "sinc"]  # fmt: skip
     for name in operations:
