@@ -133,7 +133,8 @@ def test_every_copying_rule_has_a_case() -> None:
         used |= {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     # Other spellings of calls that have a case, which export does not emit.
     other = {
-        "aten.flatten.using_ints", "aten.movedim.intlist", "aten._unsafe_view.default", "aten.reshape.default", "aten.unflatten.int", "aten.t.default",
+        "aten.flatten.using_ints", "aten.movedim.intlist",
+        "aten._unsafe_view.default", "aten.reshape.default", "aten.unflatten.int", "aten.t.default",
         "aten.squeeze.default", "aten.squeeze.dims", "aten.transpose.int", "aten.narrow.default",
         "aten.swapaxes.default", "aten.native_channel_shuffle.default", "aten.view.default",
         "aten.upsample_nearest1d.default", "aten.upsample_nearest2d.default",
