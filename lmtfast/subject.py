@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lmtfast.bound import LipschitzBound
 from lmtfast.enclosure import LogitEnclosure
 from lmtfast.errors import NotCertifiedError, ShapeError
+from lmtfast.exporting import ASSERTIONS
 from lmtfast.graph import Conv, Region
 from lmtfast.guarantee import check_certifiable, plan_bound
 from lmtfast.plan import BoundPlan, make_plan
-from lmtfast.tracing import ASSERTIONS, TracedModel, trace_model
+from lmtfast.tracing import TracedModel, trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
 from lmtfast.weights import constant_ref, named_tensors
 

@@ -27,6 +27,7 @@ LAYERS = {
     "backends": 1,
     "builder": 1,
     "engines": 1,  # the registry and the protocol; the engines themselves are below
+    "exporting": 1,
     "folding": 1,
     "plan": 1,
     "rules": 1,

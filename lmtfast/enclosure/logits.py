@@ -16,9 +16,10 @@ from lmtfast.builder import Base, Expression, GraphBuilder, Value
 from lmtfast.composing import compose_up
 from lmtfast.enclosure.registry import ERROR_RULES, Enclosed, ErrorCall, outward
 from lmtfast.errors import NotCertifiedError
+from lmtfast.exporting import ASSERTIONS
 from lmtfast.graph import BATCH, Copy, Region, Scale, WeightRef
 from lmtfast.rules.registry import REF_TYPES
-from lmtfast.tracing import ASSERTIONS, TracedModel, _Walk, module_name
+from lmtfast.tracing import ProgramWalk, TracedModel, module_name
 from lmtfast.verified.region import operator_norm_upper
 from lmtfast.verified.rounding import mul_up
 from lmtfast.weights import Weights, named_tensors
@@ -82,9 +83,9 @@ class LogitEnclosure:
     ) -> None:
         tensors = named_tensors(model) if tensors is None else tensors
         self.program, self.graph = traced.program, traced.graph
-        self._walk = _Walk(model, traced.program, traced.graph.input_shape)
         self._builder = _Recorder(traced.graph.input_shape)
-        self._walk.builder = self._builder
+        shape = traced.graph.input_shape
+        self._walk = ProgramWalk(model, traced.program, shape, self._builder)
         self._walk.run()
         if self._walk.opaque:
             path = next(iter(self._walk.opaque.values()))[0]

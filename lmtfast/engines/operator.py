@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Engine ``operator``: power iteration on the true zero-padded, strided operator.
 
-The method of the LMT paper (Alg. 2): ``u = A v``, ``sigma = ||u||``, ``v <- A^T u / ||A^T u||``,
-on the layer's real height and width and with batch norm folded in. A lower estimate of the
+The method of the LMT paper (Alg. 2), on the layer's real height and width and with batch norm
+folded in: ``u = A v / ||A v||``, ``v <- A^T u / ||A^T u||``. The paper reads ``sigma = ||A v||``
+before the step, this reads ``||A^T u||`` at its end (docs/adr/0013). A lower estimate of the
 spectral norm.
 """
 
@@ -34,17 +35,20 @@ def state_size(region: Region) -> int:
 
 
 def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> Step:
-    """One power step on the packed iterate; returns sigma, the new iterate and ``(u, v)``."""
+    """One power step on the packed iterate; returns sigma, the new iterate and ``(u, v)``.
+
+    With ``update``, sigma is read at the end of the step: ``||A^T u||`` is never below ``||A v||``
+    and costs nothing more, since ``A^T u`` is the new iterate anyway. Without, it is ``||A v||``.
+    """
     v = unit(state).reshape(reference.vector_shape(region))
     image = reference.matvec(region, weights, v)
-    sigma = length(image)
     u = unit(image)
-    new = state
-    if update:
-        following = unit(reference.rmatvec(region, weights, u)).reshape(-1)
-        # Weights that are zero now (a residual branch at its start) must not end the iteration.
-        new = torch.where((following != 0).any(), following, v.reshape(-1))
-    return Step(sigma, new, (u, v))
+    if not update:
+        return Step(length(image), state, (u, v))
+    back = reference.rmatvec(region, weights, u)
+    # Weights that are zero now (a residual branch at its start) must not end the iteration.
+    v = torch.where((back != 0).any(), unit(back), v)
+    return Step(length(back), v.reshape(-1), (u, v))
 
 
 def rescan(region: Region, weights: Weights, state: Tensor) -> Tensor:
