@@ -127,7 +127,7 @@ def test_the_estimate_is_differentiable_in_a_weight_that_is_no_leaf() -> None:
     total.backward()
     assert raw.grad is not None
     # sigma is homogeneous of degree one.
-    assert float((raw.grad * raw.detach()).sum()) == pytest.approx(float(total), rel=1e-6)
+    assert float((raw.grad * raw.detach()).sum()) == pytest.approx(total.item(), rel=1e-6)
 
 
 def test_spectral_norm_takes_linear_modules_only() -> None:

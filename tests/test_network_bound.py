@@ -100,8 +100,13 @@ def test_power_steps_on_a_diagonal_are_those_of_the_paper() -> None:
     model[0].weight.data = torch.diag(torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64))
     bound = lf.NetworkBound(model, (3,), engine="operator")
     bound.state.iterates.fill_(1.0)
-    steps = [float(bound().total) for _ in range(5)]
-    assert [round(s, 5) for s in steps] == [1.32288, 1.95203, 1.99707, 1.99982, 1.99999]
+    read, ended = [], []
+    for _ in range(5):
+        read.append(round(bound(update=False).total.item(), 5))
+        ended.append(bound().total.item())
+    # The paper reads sigma before the step; at its end it lies between this reading and the next.
+    assert read == [1.32288, 1.95203, 1.99707, 1.99982, 1.99999]
+    assert all(a < b < c for a, b, c in zip(read, ended, [*read[1:], 2.0], strict=True))
 
 
 def test_estimates_rise_at_frozen_weights_and_stay_below_the_truth() -> None:
@@ -111,7 +116,7 @@ def test_estimates_rise_at_frozen_weights_and_stay_below_the_truth() -> None:
     before = copy.deepcopy(model.state_dict())
     bound = lf.NetworkBound(model, SMALL, engine="operator")
     bound.state.reseed(1)
-    totals = [float(bound().total) for _ in range(201)]
+    totals = [bound().total.item() for _ in range(201)]
     assert all(b >= a * (1 - ROUNDING) for a, b in zip(totals, totals[1:], strict=False))
     assert totals[-1] <= truth.total
     assert totals[-1] >= truth.total * (1 - 1e-3)

@@ -125,8 +125,9 @@ def test_the_traced_map_is_the_function(name: str) -> None:
     truth = svd_norm(unit_matrix(module, shape))
     bound = lf.certified_bound(module, shape)
     assert bound.total >= truth * (1 - ROUNDING)
-    # One region is bounded as a whole; a head is split off, and then a product is all there is.
-    if len(bound.per_operator) == 1:
+    # One region is bounded as a whole; a head is split off, and then a product is all there is:
+    # also of one operator with itself.
+    if len(bound.per_operator) == 1 and name != "same module twice":
         assert bound.total <= truth * (1 + 1e-9)
 
 
