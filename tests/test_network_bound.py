@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmtfast as lf
+from lmtfast import backends
+from lmtfast.backends import reference
 from lmtfast.backends.reference import Leaves
-from lmtfast.engines import operator
+from lmtfast.engines.operator import OperatorEngine
 from lmtfast.errors import ArgumentError, StalePlanError
 from lmtfast.graph import ParameterRef, Region
 from lmtfast.weights import Weights, named_tensors
@@ -47,10 +52,12 @@ def test_the_operator_engine_converges_from_below(start: int) -> None:
     for region in plan.operators:
         assert isinstance(region, Region)
         truth = svd_norm(layers[int(region.name.split(".")[1])].matrix())
-        state = torch.randn(operator.state_size(region), generator=generator, dtype=torch.float64)
+        state = torch.randn(
+            OperatorEngine().state_size(region), generator=generator, dtype=torch.float64
+        )
         sigma = 0.0
         for _ in range(3000):
-            result = operator.step(region, weights, state, update=True)
+            result = OperatorEngine().step(region, weights, state, update=True)
             previous, sigma, state = sigma, float(result.sigma.detach()), result.state
             assert sigma >= previous * (1 - ROUNDING)
             assert sigma <= truth * (1 + ROUNDING)
@@ -130,7 +137,7 @@ def test_batch_norm_folds_into_one_operator() -> None:
     norm.running_var.uniform_(0.1, 2)
     model = nn.Sequential(conv, norm).eval()
     merged = lf.certified_bound(model, (2, 5, 5)).total
-    largest = float((norm.weight / (norm.running_var + norm.eps).sqrt()).abs().max())
+    largest = (norm.weight / (norm.running_var + norm.eps).sqrt()).abs().max().item()
     assert merged <= lf.certified_bound(conv.eval(), (2, 5, 5)).total * largest * (1 + 1e-12)
 
 
@@ -305,3 +312,34 @@ def test_converged_estimates_approach_the_rigorous_bound_from_below(build: type)
 def test_leaves_resolve_what_they_are_given() -> None:
     ref = ParameterRef("w")
     assert float(Leaves({ref: torch.tensor(2.0)})[ref]) == 2.0
+
+
+def test_a_registered_backend_runs_the_steps_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return getattr(reference, name)(*args)
+
+        return call
+
+    module = types.ModuleType("counting_backend")
+    for name in ("matvec", "rmatvec", "weight_vjp"):
+        setattr(module, name, counted(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(backends, "_REGISTRY", dict(backends._REGISTRY))
+    lf.register_backend(
+        "counting", module=module.__name__, provides="power steps", probe=lambda: (True, "test")
+    )
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    bound = lf.NetworkBound(model, (1, 6, 6), engine="operator", backend="counting")
+    assert bound.plan.backend == "counting"
+    calls.clear()
+    bound().total.backward()
+    assert sorted(calls) == ["matvec"] * 2 + ["rmatvec"] * 2 + ["weight_vjp"] * 2
+    other = lf.NetworkBound(model, (1, 6, 6), engine="operator")
+    other.load_state_dict(bound.state_dict())
+    assert torch.equal(other(update=False).total, bound(update=False).total)

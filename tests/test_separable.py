@@ -13,7 +13,8 @@ from torch import nn
 
 import lmtfast as lf
 from lmtfast.backends import reference
-from lmtfast.engines import operator, polyphase, separable
+from lmtfast.engines import polyphase, separable
+from lmtfast.engines.operator import OperatorEngine
 from lmtfast.graph import Region
 from lmtfast.weights import Weights, named_tensors
 from tests.engine_cases import (
@@ -71,6 +72,7 @@ def test_within_two_percent_on_low_frequency_kernels(extent: int, stride: int) -
     weight = smooth_weight(np.random.default_rng(stride), 20, 16)
     region = conv_region(weight, (16, extent, extent), stride=(stride, stride))
     sigma, _ = run(separable, region, weight, start(separable, region), STEPS)
+    operator = OperatorEngine()
     want, _ = run(operator, region, weight, start(operator, region), 3000)
     assert want * 0.98 <= sigma <= want * (1 + ROUNDING)
 
@@ -109,7 +111,7 @@ def test_within_two_percent_on_a_trained_network() -> None:
     for region in regions:
         assert isinstance(region, Region)
         assert separable.refusal(region) is None
-        values = {}
+        values, operator = {}, OperatorEngine()
         for engine, steps in ((separable, STEPS), (operator, 1500)):
             state = start(engine, region)
             for _ in range(steps):

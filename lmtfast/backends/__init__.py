@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 from lmtfast.errors import ArgumentError, BackendUnavailableError
 
@@ -106,6 +107,11 @@ def choose_backend(requested: str | None) -> str:
             "drop backend= to have one chosen, or ask for 'reference'",
         )  # fmt: skip
     return requested
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend that :func:`choose_backend` has accepted."""
+    return importlib.import_module(_REGISTRY[name].module)
 
 
 def _reference() -> tuple[bool, str]:

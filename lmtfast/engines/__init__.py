@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import math
 
+from lmtfast.backends import backend_module
 from lmtfast.engines.polyphase import conv_form
 from lmtfast.engines.step import Engine, Saved, Step
 from lmtfast.errors import ArgumentError
@@ -22,15 +23,18 @@ OPERATOR_MAX_POSITIONS = 64
 SEPARABLE_MAX_POSITIONS = 400
 
 
-def get_engine(name: str) -> Engine:
-    """The engine called ``name``."""
+def get_engine(name: str, backend: str = "reference") -> Engine:
+    """The engine called ``name``; ``operator`` runs on the backend called ``backend``."""
     if name not in ENGINES:
         raise ArgumentError(
             f"an engine, one of {', '.join(('auto', *ENGINES))}", repr(name), "engine",
             "pick one of these",
         )  # fmt: skip
-    module: Engine = importlib.import_module(f"lmtfast.engines.{name}")
-    return module
+    module = importlib.import_module(f"lmtfast.engines.{name}")
+    engine: Engine = module
+    if name == "operator":
+        engine = module.OperatorEngine(backend_module(backend))
+    return engine
 
 
 def choose_engine(region: Region, requested: str) -> tuple[str, str]:

@@ -24,7 +24,9 @@ CLOSED_FORM = "closed form"
 def state_sizes(plan: BoundPlan) -> list[int]:
     """Packed state entries per operator, 0 where a closed form needs none."""
     return [
-        0 if name == CLOSED_FORM or not isinstance(op, Region) else get_engine(name).state_size(op)
+        0
+        if name == CLOSED_FORM or not isinstance(op, Region)
+        else get_engine(name, plan.backend).state_size(op)
         for op, name in zip(plan.operators, plan.engines, strict=True)
     ]
 
@@ -43,7 +45,7 @@ def spectral_step(
             sigma, keep = largest_entry(operator, leaves)
             parts.append(iterate)
         else:
-            result = get_engine(name).step(operator, weights, iterate, update=update)
+            result = get_engine(name, plan.backend).step(operator, weights, iterate, update=update)
             sigma, keep = result.sigma, result.saved
             parts.append(result.state)
         sigmas.append(sigma)
@@ -60,7 +62,7 @@ def rescan_parts(plan: BoundPlan, state: PowerState, tensors: Sequence[Tensor]) 
     for i, (operator, name) in enumerate(zip(plan.operators, plan.engines, strict=True)):
         part = state.slice(i).clone()
         if name != CLOSED_FORM and isinstance(operator, Region):
-            part = get_engine(name).rescan(operator, weights, part)
+            part = get_engine(name, plan.backend).rescan(operator, weights, part)
         parts.append(part)
     return parts
 
@@ -83,7 +85,9 @@ def spectral_vjp(
         if name == CLOSED_FORM or not isinstance(operator, Region):
             grads = largest_entry_vjp(operator, leaves, saved[i])
         else:
-            grads = get_engine(name).vjp(operator, {r: leaves[r] for r in refs}, saved[i])
+            grads = get_engine(name, plan.backend).vjp(
+                operator, {r: leaves[r] for r in refs}, saved[i]
+            )
         for ref, grad in grads.items():
             if ref in asked:
                 part = grad_sigmas[i] * grad

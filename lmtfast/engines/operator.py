@@ -9,6 +9,9 @@ spectral norm.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -18,53 +21,59 @@ from lmtfast.graph import Region, WeightRef
 from lmtfast.verified.lanczos import top_eigenvector
 from lmtfast.weights import Weights
 
-name = "operator"
-
 # Relative error of sigma^2 at which Lanczos stops: far below what a training step changes.
 RESCAN_TOLERANCE = 1e-9
 
 
-def refusal(region: Region) -> str | None:
-    """Why the engine cannot run the region, or None: it can run every region."""
-    return None
+@dataclass(frozen=True)
+class OperatorEngine:
+    """The engine over one backend's ``matvec``, ``rmatvec`` and ``weight_vjp``."""
 
+    backend: ModuleType = reference
+    name: str = "operator"
 
-def state_size(region: Region) -> int:
-    """Entries of the iterate ``v``: one input of the operator."""
-    return reference.entries(region)
+    def refusal(self, region: Region) -> str | None:
+        """Why the engine cannot run the region, or None: it can run every region."""
+        return None
 
+    def state_size(self, region: Region) -> int:
+        """Entries of the iterate ``v``: one input of the operator."""
+        return reference.entries(region)
 
-def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> Step:
-    """One power step on the packed iterate; returns sigma, the new iterate and ``(u, v)``.
+    def step(self, region: Region, weights: Weights, state: Tensor, *, update: bool) -> Step:
+        """One power step on the packed iterate; returns sigma, the new iterate and ``(u, v)``.
 
-    With ``update``, sigma is read at the end of the step: ``||A^T u||`` is never below ``||A v||``
-    and costs nothing more, since ``A^T u`` is the new iterate anyway. Without, it is ``||A v||``.
-    """
-    v = unit(state).reshape(reference.vector_shape(region))
-    image = reference.matvec(region, weights, v)
-    u = unit(image)
-    if not update:
-        return Step(length(image), state, (u, v))
-    back = reference.rmatvec(region, weights, u)
-    # Weights that are zero now (a residual branch at its start) must not end the iteration.
-    v = torch.where((back != 0).any(), unit(back), v)
-    return Step(length(back), v.reshape(-1), (u, v))
+        With ``update``, sigma is read at the end of the step: ``||A^T u||`` is never below
+        ``||A v||`` and costs nothing more, since ``A^T u`` is the new iterate anyway. Without, it
+        is ``||A v||``.
+        """
+        v = unit(state).reshape(reference.vector_shape(region))
+        image = self.backend.matvec(region, weights, v)
+        u = unit(image)
+        if not update:
+            return Step(length(image), state, (u, v))
+        back = self.backend.rmatvec(region, weights, u)
+        # Weights that are zero now (a residual branch at its start) must not end the iteration.
+        v = torch.where((back != 0).any(), unit(back), v)
+        return Step(length(back), v.reshape(-1), (u, v))
 
+    def rescan(self, region: Region, weights: Weights, state: Tensor) -> Tensor:
+        """A converged iterate from a fresh start, by Lanczos on ``A^T A``; syncs with the host."""
+        shape = reference.vector_shape(region)
 
-def rescan(region: Region, weights: Weights, state: Tensor) -> Tensor:
-    """A converged iterate from a fresh start, by Lanczos on ``A^T A``; syncs with the host."""
-    shape = reference.vector_shape(region)
+        def gram(x: Tensor) -> Tensor:
+            image = self.backend.matvec(region, weights, x.reshape(shape))
+            back: Tensor = self.backend.rmatvec(region, weights, image)
+            return back.reshape(1, -1)
 
-    def gram(x: Tensor) -> Tensor:
-        image = reference.matvec(region, weights, x.reshape(shape))
-        return reference.rmatvec(region, weights, image).reshape(1, -1)
+        return top_eigenvector(
+            gram, state.numel(), dtype=state.dtype, device=state.device, tolerance=RESCAN_TOLERANCE
+        )
 
-    return top_eigenvector(
-        gram, state.numel(), dtype=state.dtype, device=state.device, tolerance=RESCAN_TOLERANCE
-    )
-
-
-def vjp(region: Region, tensors: dict[WeightRef, Tensor], saved: Saved) -> dict[WeightRef, Tensor]:
-    """Gradient of sigma in the weights: ``u v^T`` seen through the operator."""
-    u, v = saved
-    return reference.weight_vjp(region, tensors, u, v)
+    def vjp(
+        self, region: Region, tensors: dict[WeightRef, Tensor], saved: Saved
+    ) -> dict[WeightRef, Tensor]:
+        """Gradient of sigma in the weights: ``u v^T`` seen through the operator."""
+        u, v = saved
+        gradients: dict[WeightRef, Tensor] = self.backend.weight_vjp(region, tensors, u, v)
+        return gradients

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtfast.backends import reference
-from lmtfast.engines import operator, polyphase
+from lmtfast.engines import polyphase
+from lmtfast.engines.operator import OperatorEngine
 from lmtfast.engines.polyphase import ConvForm, conv_form
 from lmtfast.engines.step import Saved, Step
 from lmtfast.graph import Conv, Region, WeightRef
@@ -174,7 +175,8 @@ def rescan(region: Region, weights: Weights, state: Tensor, *, refine: int = REF
     op, form = region.primitive, conv_form(region)
     assert isinstance(op, Conv)
     assert form is not None
-    v = operator.rescan(region, weights, state.new_zeros(operator.state_size(region)))
+    whole = OperatorEngine()
+    v = whole.rescan(region, weights, state.new_zeros(whole.state_size(region)))
     if op.transposed:
         v = reference.matvec(region, weights, v.reshape(region.in_shape))
     v = v.reshape(form.groups, form.channels, -1).mT  # (G, n, C)
