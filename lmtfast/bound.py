@@ -124,10 +124,3 @@ def pair_norms_up(weight: Tensor, classes: Tensor, row_error: Tensor | None = No
         norms[i][length == 0] = 0.0
         norms[i, c] = 0.0
     return norms
-
-
-def relative_excess(upper: float, lower: float) -> float:
-    """Relative excess of an upper bound over an estimate from below; NaN if that says nothing."""
-    if upper == 0.0:
-        return 0.0
-    return upper / lower - 1.0 if lower > 0.0 and math.isfinite(upper) else math.nan

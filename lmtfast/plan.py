@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
@@ -180,8 +180,3 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> BoundPlan:
     return make_plan(
         model, trace_model(model, input_shape).graph, engine="auto", backend="reference"
     )
-
-
-def with_backend(plan: BoundPlan, backend: str) -> BoundPlan:
-    """The same plan on another backend."""
-    return replace(plan, backend=backend)
