@@ -92,25 +92,34 @@ def _channel_scale(
     return None
 
 
-def _channel_axis(op: Conv | Linear, sample: Shape) -> int:
-    return 0 if isinstance(op, Conv) else len(sample) - 1
-
-
 def _scale_after(first: Primitive, second: Primitive) -> Primitive | None:
     if not (isinstance(first, (Conv, Linear)) and isinstance(second, Scale)):
         return None
-    axis = _channel_axis(first, first.out_shape)
-    scales = _channel_scale(second, first.out_shape[axis], first.out_shape, axis)
+    return _absorb(first, second, after=True)
+
+
+def _scale_before(first: Primitive, second: Primitive) -> Primitive | None:
+    if not (isinstance(first, Scale) and isinstance(second, (Conv, Linear))):
+        return None
+    return _absorb(second, first, after=False)
+
+
+def _absorb(op: Conv | Linear, scale: Scale, *, after: bool) -> Primitive | None:
+    """The kernel with a scale on its output or input channels folded in, or None."""
+    sample = op.out_shape if after else op.in_shape
+    axis = 0 if isinstance(op, Conv) else len(sample) - 1
+    scales = _channel_scale(scale, sample[axis], sample, axis)
     if scales is None:
         return None
-    gains = _gains(first, second.gain)
+    gains = _gains(op, scale.gain)
     if gains is None:
-        gains, scales = (first.gain, first.identity_gain), (*scales, _scalar(second.gain))
-    if scales and first.identity_gain:
+        gains, scales = (op.gain, op.identity_gain), (*scales, _scalar(scale.gain))
+    if scales and op.identity_gain:
         return None
-    return replace(
-        first, row_scales=first.row_scales + scales, gain=gains[0], identity_gain=gains[1]
-    )
+    op = replace(op, gain=gains[0], identity_gain=gains[1])
+    if after:
+        return replace(op, row_scales=op.row_scales + scales)
+    return replace(op, column_scales=scales + op.column_scales)
 
 
 def _times(a: float, b: float) -> float | None:
@@ -128,23 +137,6 @@ def _gains(op: Conv | Linear, factor: float) -> tuple[float, float] | None:
 
 def _scalar(factor: float) -> ChannelScale:
     return ChannelScale(number(factor))
-
-
-def _scale_before(first: Primitive, second: Primitive) -> Primitive | None:
-    if not (isinstance(first, Scale) and isinstance(second, (Conv, Linear))):
-        return None
-    axis = _channel_axis(second, second.in_shape)
-    scales = _channel_scale(first, second.in_shape[axis], second.in_shape, axis)
-    if scales is None:
-        return None
-    gains = _gains(second, first.gain)
-    if gains is None:
-        gains, scales = (second.gain, second.identity_gain), (*scales, _scalar(first.gain))
-    if scales and second.identity_gain:
-        return None
-    return replace(
-        second, column_scales=scales + second.column_scales, gain=gains[0], identity_gain=gains[1]
-    )
 
 
 def _factor(first: Primitive, second: Primitive) -> Primitive | None:
