@@ -17,7 +17,7 @@ from lmtfast.bound import LipschitzBound
 from lmtfast.closed_form import cisse, corollary_1, has_closed_form
 from lmtfast.estimation import NetworkBound
 from lmtfast.graph import Conv, Operator, Region
-from lmtfast.guarantee import certified_bound
+from lmtfast.guarantee import check_certifiable, check_level, plan_bound
 from lmtfast.plan import trace
 from lmtfast.weights import Weights, named_tensors
 
@@ -83,8 +83,8 @@ def layer_bounds(
     Args:
         model: A module of layers with a Lipschitz rule; evaluated with its running statistics.
         input_shape: Shape of one input.
-        level: ``"estimate"`` runs 200 steps of ``engine`` from a cold start; the other levels call
-            :func:`lmtfast.certified_bound` with ``method``.
+        level: ``"estimate"`` runs 200 steps of ``engine`` from a cold start; the other levels are
+            those of :func:`lmtfast.certified_bound` with ``method``.
         engine: Engine at level ``"estimate"``.
         method: Method at the other levels.
 
@@ -106,8 +106,10 @@ def layer_bounds(
         network = NetworkBound(model, input_shape, engine=engine)
         plan, bound = network.plan, network.converge(ESTIMATE_STEPS)
     else:
+        check_level(level, method)
+        check_certifiable(model)
         plan = trace(model, input_shape)
-        bound = certified_bound(model, input_shape, level=level, method=method)
+        bound = plan_bound(plan, model, level=level, method=method)
     weights = Weights(named_tensors(model), dtype=torch.float64)
     layers = tuple(_layer(operator, bound, weights) for operator in plan.operators)
     return LayerBounds(layers, bound, time.perf_counter() - started)
