@@ -2,6 +2,8 @@
 """The margin losses against published numbers, their arguments, their schedules."""
 
 import math
+import sys
+import types
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmtfast import backends
 from lmtfast.backends import margin_reference
 from lmtfast.errors import ArgumentError, BackendUnavailableError, DtypeError, ShapeError
 from lmtfast.losses import (
@@ -346,3 +349,27 @@ def test_schedules_are_frozen_and_checked():
         RampSchedule(math.nan, 5)
     with pytest.raises(FrozenInstanceError):
         ConstantSchedule(1.0).value = 2.0
+
+
+def test_a_registered_backend_computes_the_loss_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    module = types.ModuleType("counting_losses")
+    module.margin_forward = lambda *a: (
+        calls.append("forward") or margin_reference.margin_forward(*a)
+    )
+    module.margin_backward = lambda *a: (
+        calls.append("backward") or margin_reference.margin_backward(*a)
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(backends, "_REGISTRY", dict(backends._REGISTRY))
+    backends.register_backend(
+        "counting", module=module.__name__, provides="losses", probe=lambda: (True, "test")
+    )
+    logits = torch.randn(4, 3, requires_grad=True)
+    target, bound = torch.tensor([0, 1, 2, 0]), Bound(1.0, 1.0, torch.randn(3, 5))
+    margin_cross_entropy(logits, target, bound, eps=0.1, backend="counting").backward()
+    assert calls == ["forward", "backward"]
+    with pytest.raises(BackendUnavailableError, match="power steps"):
+        backends.choose_backend("counting")

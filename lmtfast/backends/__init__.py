@@ -93,6 +93,12 @@ def choose_backend(requested: str | None) -> str:
     """Name of the backend that runs the power steps; a requested one never falls back."""
     if requested is None:
         return "reference"
+    providing(requested, "matvec", "the power steps")
+    return requested
+
+
+def providing(requested: str, function: str, purpose: str) -> ModuleType:
+    """The module of a backend asked for by name, if it can run here and has ``function``."""
     info = _REGISTRY.get(requested)
     if info is None:
         raise ArgumentError(
@@ -100,13 +106,13 @@ def choose_backend(requested: str | None) -> str:
         )
     usable, reason = info.probe()
     module = importlib.import_module(info.module) if usable else None
-    if module is None or not hasattr(module, "matvec"):
+    if module is None or not hasattr(module, function):
         why = reason if module is None else f"it runs {info.provides} only"
         raise BackendUnavailableError(
-            "a backend that runs the power steps", f"{requested!r}: {why}", "backend",
+            f"a backend that runs {purpose}", f"{requested!r}: {why}", "backend",
             "drop backend= to have one chosen, or ask for 'reference'",
         )  # fmt: skip
-    return requested
+    return module
 
 
 def backend_module(name: str) -> ModuleType:

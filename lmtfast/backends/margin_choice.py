@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from lmtfast.backends import margin_reference
+from lmtfast.backends import available_backends, margin_reference, providing
 from lmtfast.errors import ArgumentError, BackendUnavailableError
 
 
@@ -31,8 +31,10 @@ def choose_margin_backend(logits: Tensor, member: str, requested: str | None = N
     if requested == "reference":
         return margin_reference
     if requested not in (None, "native"):
+        if requested in available_backends():
+            return providing(requested, "margin_forward", "the margin losses")
         raise ArgumentError(
-            "backend None, 'native' or 'reference'",
+            "backend None, 'native' or 'reference', or a registered one",
             repr(requested),
             "margin_cross_entropy(backend=)",
             "name one of these, or leave backend out to have one chosen.",
