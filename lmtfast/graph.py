@@ -239,6 +239,18 @@ class BoundGraph:
     notes: tuple[tuple[str, str, float], ...] = field(default=())
 
 
+def leaf_refs(item: Any) -> tuple[WeightRef, ...]:
+    """As :func:`weight_refs`, with a batch norm's gain as the tensors it is computed from."""
+    found: dict[WeightRef, None] = {}
+    for ref in weight_refs(item):
+        if isinstance(ref, BatchNormScale):
+            parts = (ref.weight, ref.variance)
+            found.update(dict.fromkeys(r for part in parts if part for r in leaf_refs(part)))
+        else:
+            found.setdefault(ref)
+    return tuple(found)
+
+
 def weight_refs(item: Any) -> tuple[WeightRef, ...]:
     """Every weight reference inside a primitive, region or operator, in order, without repeats."""
     found: dict[WeightRef, None] = {}

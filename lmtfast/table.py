@@ -1,116 +1,306 @@
 # SPDX-License-Identifier: MIT
-"""The operator table: one packed int64 row per operator, the ABI shared with the compiled core.
+"""The operator table: packed int64 rows, the ABI shared with every compiled backend.
 
-Only convolutions and matrices have rows that a compiled backend can run; every other operator has a
-row of kind ``composite`` and is run by the reference backend from its region.
+A row describes one convolution or matrix as a forward stencil: ``rows x channels`` matrices per
+group and tap, read at ``stride * output + dilation * tap - padding``. A transposed convolution is
+the adjoint of such a stencil, a matrix is one with a single tap and a single position. Every other
+operator has a row of kind ``composite`` and is run by the reference backend from its region.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from lmtfast.graph import ChannelScale, Conv, Linear, Operator, Region, WeightRef, weight_refs
+from lmtfast.graph import (
+    BatchNormScale,
+    ChannelScale,
+    Conv,
+    Instruction,
+    Linear,
+    Operator,
+    Region,
+    WeightRef,
+)
 
-KINDS = ("composite", "conv", "linear", "scale", "slope")
+KINDS = ("composite", "stencil")
+ENGINES = ("operator", "symbol", "separable")
+OPERATIONS = ("constant", "sigma", "mul", "add", "hypot", "max")
 AXES = 3
 SCALARS = (
-    "kind", "weight_slot", "row_scale_slot", "column_scale_slot", "ndim", "c_out", "c_in", "groups",
-    "transposed",
+    "kind", "engine", "weight_slot", "row_scale", "column_scale", "axes", "groups", "rows",
+    "channels", "transposed", "circular", "identity", "rank", "state_offset", "saved_offset",
 )  # fmt: skip
-PER_AXIS = ("in", "out", "kernel", "stride", "pad_low", "pad_high", "dilation", "output_padding")
+PER_AXIS = ("in", "out", "kernel", "stride", "pad_low", "pad_high", "dilation")
 FIELDS = SCALARS + tuple(f"{name}_{axis}" for name in PER_AXIS for axis in range(AXES))
+SCALE_FIELDS = ("offset", "length", "slot", "variance_slot", "inverse", "eps", "constant")
+TAPE_FIELDS = ("operation", "a", "b", "constant")
+# Terms of the separable engine's iterate: eight real columns are the symbol engine's four complex.
+RANK = 8
+# Candidate frequencies of the symbol engine per group.
+CANDIDATES = 4
+
+
+def bits(value: float) -> int:
+    """A float64 as the int64 with the same bits."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 @dataclass(frozen=True)
-class OperatorSpec:
-    """What a compiled backend needs of one operator. Slots index the weights; -1 is none."""
+class Stencil:
+    """One convolution or matrix as every engine and backend sees it; sizes are per group.
 
-    kind: str
-    weight_slot: int = -1
-    row_scale_slot: int = -1
-    column_scale_slot: int = -1
-    c_out: int = 0
-    c_in: int = 0
-    groups: int = 1
-    transposed: bool = False
-    in_size: tuple[int, ...] = ()
-    out_size: tuple[int, ...] = ()
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    dilation: tuple[int, ...] = ()
-    output_padding: tuple[int, ...] = ()
+    ``axes`` spatial axes; a matrix has none and acts like one tap at one position.
+    """
 
-    def row(self) -> tuple[int, ...]:
-        """The packed row, in the order of ``FIELDS``."""
-
-        def pad(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
-            return (fill,) * (AXES - len(values)) + values
-
-        scalars = (
-            KINDS.index(self.kind), self.weight_slot, self.row_scale_slot, self.column_scale_slot,
-            len(self.kernel), self.c_out, self.c_in, self.groups, int(self.transposed),
-        )  # fmt: skip
-        return (
-            *scalars, *pad(self.in_size, 1), *pad(self.out_size, 1), *pad(self.kernel, 1),
-            *pad(self.stride, 1), *pad(tuple(p for p, _ in self.padding), 0),
-            *pad(tuple(p for _, p in self.padding), 0), *pad(self.dilation, 1),
-            *pad(self.output_padding, 0),
-        )  # fmt: skip
+    groups: int
+    rows: int
+    channels: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    in_extent: tuple[int, ...]
+    out_extent: tuple[int, ...]
+    circular: bool
+    transposed: bool
 
     @property
-    def bucket(self) -> tuple[int, ...]:
-        """What operators must share to run in one batch: everything but the slots."""
-        row = self.row()
-        return (row[0], *row[4:])
+    def axes(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def phases(self) -> int:
+        """Phases of the input that a stride splits it into."""
+        return math.prod(self.stride)
+
+    @property
+    def in_points(self) -> int:
+        return math.prod(self.in_extent)
+
+    @property
+    def out_points(self) -> int:
+        return math.prod(self.out_extent)
+
+    @property
+    def rank(self) -> int:
+        """Terms of a low-rank iterate: a grid or channel axis shorter than RANK needs no more."""
+        return min(RANK, self.channels, self.in_points)
+
+    @property
+    def operator_products(self) -> int:
+        """Multiply-adds of one power step on the true operator."""
+        weights = self.groups * self.rows * self.channels * self.taps
+        return 2 * weights * self.out_points
+
+    @property
+    def separable_products(self) -> int:
+        """Multiply-adds of one separable step: two weight products, four stencils on the grid."""
+        weights = self.rows * self.channels * self.taps
+        grid = self.out_points * (self.taps * self.rank) ** 2
+        return self.groups * (2 * self.rank * weights + 4 * grid)
+
+    def state_size(self, engine: str) -> int:
+        """Entries of an engine's iterate; its layout is in that engine's module."""
+        if engine == "symbol":
+            width = 2 * self.axes + 2 * self.phases * self.channels
+            return self.groups * (CANDIDATES * width + 2 * self.axes)
+        if engine == "separable":
+            return self.groups * self.rank * (self.in_points + self.channels)
+        domain = (
+            (self.rows, self.out_points) if self.transposed else (self.channels, self.in_points)
+        )
+        return self.groups * math.prod(domain)
+
+    def saved_size(self, engine: str) -> int:
+        """Entries a compiled step saves for the gradient (csrc/ops/spectral.h)."""
+        columns = self.channels * self.taps
+        if engine == "symbol":  # group, u, z, and the image before its row scale
+            return 1 + 2 * self.rows + 2 * columns + 2 * self.rows
+        if engine == "separable":  # group, ||A v|| over y's scale, h, a, y
+            parts = self.in_points + self.channels + self.rows * self.taps
+            return 2 + self.rank * parts
+        return self.groups * (self.rows * self.out_points + self.channels * self.in_points)
+
+
+def stencil_of(operator: Operator) -> Stencil | None:
+    """The stencil of a region that is one convolution or matrix, else None."""
+    op = operator.primitive if isinstance(operator, Region) else None
+    if isinstance(op, Linear):
+        return Stencil(
+            1, op.out_shape[-1], op.in_shape[-1], (), (), (), (), (), (), False, False
+        )  # fmt: skip
+    if not isinstance(op, Conv):
+        return None
+    ends = (op.out_shape, op.in_shape) if op.transposed else (op.in_shape, op.out_shape)
+    return Stencil(
+        op.groups, ends[1][0] // op.groups, ends[0][0] // op.groups, op.kernel, op.stride,
+        op.dilation, op.padding, ends[0][1:], ends[1][1:], op.padding_mode == "circular",
+        op.transposed,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OperatorTable:
-    """Rows of all operators and the buckets of identical shape they fall into."""
+    """What a compiled backend knows of a network. All integers; floats by their bits.
+
+    Attributes:
+        rows: One per operator, fields ``FIELDS``; kind 0 is run by the reference backend.
+        scales: Factors of the per-channel scales, fields ``SCALE_FIELDS``. The scale buffer starts
+            as ones; each row multiplies ``[offset, offset + length)`` by
+            ``constant * t[slot] / sqrt(t[variance_slot] + eps)``, or its inverse.
+        tape: The composition, fields ``TAPE_FIELDS``; ``features`` and ``total`` index into it.
+        buckets: Number of the operator's bucket of identical shape.
+        scale_size: Entries of the scale buffer; saved vectors start behind it.
+        saved_size: Entries of the buffer saved for the gradient, scales included.
+        state_size: Entries of all iterates.
+    """
 
     rows: tuple[tuple[int, ...], ...]
+    scales: tuple[tuple[int, ...], ...]
+    tape: tuple[tuple[int, ...], ...]
     buckets: tuple[int, ...]
+    features: int
+    total: int
+    scale_size: int
+    saved_size: int
+    state_size: int
 
     @property
     def n_buckets(self) -> int:
         return len(set(self.buckets))
 
+    @property
+    def compiled(self) -> tuple[int, ...]:
+        """Operators that a compiled backend runs."""
+        return tuple(i for i, row in enumerate(self.rows) if row[0])
 
-def operator_spec(operator: Operator, slots: dict[WeightRef, int]) -> OperatorSpec:
-    """The description of one operator; composite where only the reference can run it."""
-    primitive = operator.primitive if isinstance(operator, Region) else None
-    if not isinstance(primitive, (Conv, Linear)):
-        refs = weight_refs(operator)
-        kind = operator.kind if operator.kind in KINDS else "composite"
-        return OperatorSpec(kind, slots[refs[0]] if refs else -1)
-    plain = primitive.gain == 1.0 and primitive.identity_gain == 0.0
-    scales = (primitive.row_scales, primitive.column_scales)
-    if not plain or any(len(s) > 1 or any(x.inverse for x in s) for s in scales):
-        return OperatorSpec("composite")
 
-    def slot(scale: tuple[ChannelScale, ...]) -> int:
-        return slots[scale[0].ref] if scale else -1
+@dataclass
+class _Packing:
+    """Scales and offsets while the rows are being packed."""
 
-    common = (slots[primitive.weight], slot(primitive.row_scales), slot(primitive.column_scales))
-    if isinstance(primitive, Linear):
-        return OperatorSpec("linear", *common, primitive.out_shape[-1], primitive.in_shape[-1])
-    if primitive.padding_mode != "zeros":
-        return OperatorSpec("composite")
-    return OperatorSpec(
-        "conv", *common, primitive.out_shape[0], primitive.in_shape[0], primitive.groups,
-        primitive.transposed, primitive.in_shape[1:], primitive.out_shape[1:], primitive.kernel,
-        primitive.stride, primitive.padding, primitive.dilation, primitive.output_padding,
+    slots: Mapping[WeightRef, int]
+    scales: list[tuple[int, ...]] = field(default_factory=list)
+    scale_size: int = 0
+
+    def scale(self, factors: Sequence[ChannelScale], length: int, gain: float) -> int:
+        """Offset of a new stretch of the scale buffer, -1 where it would be all ones."""
+        if not factors and gain == 1.0:
+            return -1
+        offset, self.scale_size = self.scale_size, self.scale_size + length
+        if gain != 1.0:
+            self.scales.append((offset, length, -1, -1, 0, bits(0.0), bits(gain)))
+        for factor in factors:
+            ref, slot, variance, eps = factor.ref, -1, -1, 0.0
+            if isinstance(ref, BatchNormScale):
+                variance, eps = self.slots[ref.variance], ref.eps
+                slot = -1 if ref.weight is None else self.slots[ref.weight]
+            else:
+                slot = self.slots[ref]
+            self.scales.append(
+                (offset, length, slot, variance, int(factor.inverse), bits(eps), bits(1.0))
+            )
+        return offset
+
+
+def _row(
+    stencil: Stencil, op: Conv | Linear, engine: str, packing: _Packing, state: int, saved: int
+) -> tuple[int, ...]:
+    rows, columns = (op.column_scales, op.row_scales) if stencil.transposed else (
+        op.row_scales, op.column_scales,
+    )  # fmt: skip
+    row_scale = packing.scale(rows, stencil.groups * stencil.rows, op.gain)
+    column_scale = packing.scale(columns, stencil.groups * stencil.channels, 1.0)
+
+    def pad(values: Sequence[int], fill: int) -> tuple[int, ...]:
+        return (fill,) * (AXES - len(values)) + tuple(values)
+
+    return (
+        KINDS.index("stencil"), ENGINES.index(engine), packing.slots[op.weight], row_scale,
+        column_scale, stencil.axes, stencil.groups, stencil.rows, stencil.channels,
+        int(stencil.transposed), int(stencil.circular), bits(op.identity_gain), stencil.rank, state,
+        saved, *pad(stencil.in_extent, 1), *pad(stencil.out_extent, 1), *pad(stencil.kernel, 1),
+        *pad(stencil.stride, 1), *pad([p for p, _ in stencil.padding], 0),
+        *pad([p for _, p in stencil.padding], 0), *pad(stencil.dilation, 1),
     )  # fmt: skip
 
 
-def build_table(operators: tuple[Operator, ...], slots: dict[WeightRef, int]) -> OperatorTable:
-    """Rows and buckets in operator order; bucket numbers follow first appearance."""
-    specs = [operator_spec(o, slots) for o in operators]
+def build_table(
+    operators: Sequence[Operator],
+    tape: Sequence[Instruction],
+    outputs: tuple[int, int],
+    *,
+    slots: Mapping[WeightRef, int],
+    engines: Sequence[str],
+    state_sizes: Sequence[int],
+    compiled: frozenset[str] = frozenset(),
+) -> OperatorTable:
+    """Pack a network; bucket numbers follow first appearance.
+
+    Args:
+        operators: All operators of the network.
+        tape: The composition of their norms.
+        outputs: Indices of ``features`` and ``total`` in the tape.
+        slots: Number of each leaf tensor.
+        engines: Engine per operator.
+        state_sizes: Entries of the iterate per operator.
+        compiled: Engines that the backend runs for all operators in one call.
+    """
+    packing = _Packing(slots)
+    rows: list[tuple[int, ...]] = []
+    numbers: list[int] = []
     seen: dict[tuple[object, ...], int] = {}
-    numbers = []
-    for i, (spec, operator) in enumerate(zip(specs, operators, strict=True)):
-        alone = spec.kind in ("composite", "scale", "slope")
-        key: tuple[object, ...] = (operator.kind, i) if alone else spec.bucket
+    state, saved = 0, 0
+    for i, (operator, engine) in enumerate(zip(operators, engines, strict=True)):
+        stencil = stencil_of(operator)
+        key: tuple[object, ...] = (
+            (operator.kind, i) if stencil is None else (operator.kind, stencil)
+        )
         numbers.append(seen.setdefault(key, len(seen)))
-    return OperatorTable(tuple(s.row() for s in specs), tuple(numbers))
+        if stencil is None or engine not in compiled or not runs(operator, stencil):
+            rows.append((0,) * len(FIELDS))
+        else:
+            assert isinstance(operator, Region)
+            op = operator.primitive
+            assert isinstance(op, (Conv, Linear))
+            rows.append(_row(stencil, op, engine, packing, state, saved))
+            saved += stencil.saved_size(engine)
+        state += state_sizes[i]
+    # Saved vectors lie behind the scales, whose number is known only now.
+    column = FIELDS.index("saved_offset")
+    shifted = tuple(
+        (*r[:column], r[column] + packing.scale_size, *r[column + 1 :]) if r[0] else r for r in rows
+    )
+    return OperatorTable(
+        shifted, tuple(packing.scales), tuple(_instruction(step) for step in tape), tuple(numbers),
+        *outputs, packing.scale_size, packing.scale_size + saved, state,
+    )  # fmt: skip
+
+
+def runs(operator: Operator, stencil: Stencil) -> bool:
+    """Whether a compiled step covers the operator: at most three axes, no empty side."""
+    sizes = (stencil.rows, stencil.channels, stencil.taps, stencil.in_points, stencil.out_points)
+    padded = all(low >= 0 and high >= 0 for low, high in stencil.padding)
+    # Further wraps around a circular axis would need a modulus in every index.
+    wraps = stencil.circular and any(
+        max(p) > n for p, n in zip(stencil.padding, stencil.in_extent, strict=True)
+    )
+    return stencil.axes <= AXES and min(sizes) >= 1 and padded and not wraps
+
+
+def _instruction(step: Instruction) -> tuple[int, ...]:
+    a, b, constant = 0, 0, 0.0
+    if step.op == "constant":
+        constant = float(step.args[0])
+    elif step.op == "sigma":
+        a = step.args[0]
+    else:
+        a, b = step.args
+    return (OPERATIONS.index(step.op), a, b, bits(constant))

@@ -2,19 +2,9 @@
 // C ABI -> ops. Validates once; the kernels below assume valid input.
 #include "lmtfast/lmtfast.h"
 
-#include <cstddef>
-#include <type_traits>
-
 #include "core/dispatch.h"
 #include "core/status.h"
 #include "ops/margin_cross_entropy.h"
-
-static_assert(std::is_trivially_copyable_v<lmtfast_op_row> &&
-              std::is_standard_layout_v<lmtfast_op_row>);
-static_assert(sizeof(lmtfast_op_row) == LMTFAST_OP_ROW_FIELDS * sizeof(int64_t),
-              "one int64 per field, no padding");
-static_assert(offsetof(lmtfast_op_row, in) == 9 * sizeof(int64_t));
-static_assert(offsetof(lmtfast_op_row, output_padding) == 30 * sizeof(int64_t));
 
 namespace {
 

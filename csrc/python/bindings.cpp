@@ -4,23 +4,16 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <new>
-#include <stdexcept>
 
 #include "lmtfast/lmtfast.h"
+#include "python/status.h"
 
 namespace py = pybind11;
 
 namespace {
 
-void* address(std::uintptr_t value) { return reinterpret_cast<void*>(value); }
-
-void raise_unless_ok(lmtfast_status status) {
-  if (status == LMTFAST_OK) return;
-  if (status == LMTFAST_INVALID_ARGUMENT) throw py::value_error(lmtfast_last_error());
-  if (status == LMTFAST_OUT_OF_MEMORY) throw std::bad_alloc();
-  throw std::runtime_error(lmtfast_last_error());
-}
+using lmtfast::python::address;
+using lmtfast::python::raise_unless_ok;
 
 lmtfast_margin_cross_entropy problem_of(int64_t dtype, int64_t member, int64_t n, int64_t k,
                                         int64_t u, int64_t logits_stride, int64_t rows_stride,
@@ -74,7 +67,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() =
       "C ABI of lmtfast over integer addresses. Not for direct use: call lmtfast.backends.native.";
   m.attr("ABI_VERSION") = lmtfast_abi_version();
-  m.attr("OP_ROW_FIELDS") = LMTFAST_OP_ROW_FIELDS;
+  lmtfast::python::bind_spectral(m);
   py::class_<Problem>(
       m, "MarginCrossEntropy",
       "Sizes, strides (in elements) and addresses; holds no reference to the buffers.")

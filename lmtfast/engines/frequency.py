@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from lmtfast.engines.polyphase import ConvForm, axis_offsets, degrees, polar
+from lmtfast.engines.polyphase import axis_offsets, degrees, polar
+from lmtfast.table import Stencil
 
 # Grid points per axis and degree: neighbours closer than a sixth of the finest oscillation.
 GRID_DENSITY = 4
@@ -26,7 +27,7 @@ def response_phases(w: Tensor, table: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def grid_sizes(form: ConvForm, density: int) -> list[int]:
+def grid_sizes(form: Stencil, density: int) -> list[int]:
     """Points per axis: ``density`` per degree, within the limit on their product."""
     sizes = [density * (d + 1) if d else 1 for d in degrees(form)]
     while math.prod(sizes) > MAX_POINTS and max(sizes) > 8:
@@ -44,7 +45,7 @@ def grid_frequencies(index: Tensor, sizes: list[int], dtype: torch.dtype) -> Ten
     return torch.stack(parts[::-1], -1)
 
 
-def improve(form: ConvForm, response: Tensor, w: Tensor) -> Tensor:
+def improve(form: Stencil, response: Tensor, w: Tensor) -> Tensor:
     """A frequency at which ``|sum_t q_t exp(-i w . tau_t)|`` is no smaller than at ``w``.
 
     Args:
@@ -105,7 +106,7 @@ def _newton(response: Tensor, w: Tensor, table: Tensor) -> Tensor:
 
 
 def scan_candidates(
-    form: ConvForm, acting: Tensor, table: Tensor, phase: Tensor, count: int
+    form: Stencil, acting: Tensor, table: Tensor, phase: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     """The ``count`` best separated frequencies of a grid with power vectors, per group.
 

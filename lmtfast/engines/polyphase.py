@@ -10,78 +10,20 @@ copied or enlarged: taps only carry the index of the phase they read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmtfast.backends.reference import Leaves, effective_weight
-from lmtfast.graph import Conv, Region, Shape, WeightRef
+from lmtfast.graph import Conv, Region, WeightRef
+from lmtfast.table import Stencil, stencil_of
 from lmtfast.weights import Weights
 
-# Terms of the separable engine's iterate: eight real columns are the symbol engine's four complex.
-RANK = 8
 
-
-@dataclass(frozen=True)
-class ConvForm:
-    """Sizes of the forward stencil: rows and channels per group, shapes of the axes only."""
-
-    groups: int
-    rows: int
-    channels: int
-    kernel: Shape
-    stride: Shape
-    dilation: Shape
-    padding: tuple[tuple[int, int], ...]
-    in_extent: Shape
-    out_extent: Shape
-    circular: bool
-
-    @property
-    def axes(self) -> int:
-        return len(self.kernel)
-
-    @property
-    def taps(self) -> int:
-        return math.prod(self.kernel)
-
-    @property
-    def phases(self) -> int:
-        """Phases of the input that a stride splits it into."""
-        return math.prod(self.stride)
-
-    @property
-    def rank(self) -> int:
-        """Terms of a low-rank iterate: a grid or channel axis shorter than RANK needs no more."""
-        return min(RANK, self.channels, math.prod(self.in_extent))
-
-    @property
-    def operator_products(self) -> int:
-        """Multiply-adds of one power step on the true operator."""
-        weights = self.groups * self.rows * self.channels * self.taps
-        return 2 * weights * math.prod(self.out_extent)
-
-    @property
-    def separable_products(self) -> int:
-        """Multiply-adds of one separable step: two weight products, four stencils on the grid."""
-        weights = self.rows * self.channels * self.taps
-        grid = math.prod(self.out_extent) * (self.taps * self.rank) ** 2
-        return self.groups * (2 * self.rank * weights + 4 * grid)
-
-
-def conv_form(region: Region) -> ConvForm | None:
-    """The form of a region that is one convolution or transposed convolution, else None."""
-    op = region.primitive
-    if not isinstance(op, Conv):
-        return None
-    ends = (op.out_shape, op.in_shape) if op.transposed else (op.in_shape, op.out_shape)
-    return ConvForm(
-        op.groups, ends[1][0] // op.groups, ends[0][0] // op.groups, op.kernel, op.stride,
-        op.dilation, op.padding, ends[0][1:], ends[1][1:], op.padding_mode == "circular",
-    )  # fmt: skip
+def conv_form(region: Region) -> Stencil | None:
+    """The stencil of a region that is one convolution or transposed convolution, else None."""
+    return stencil_of(region) if isinstance(region.primitive, Conv) else None
 
 
 def refusal(region: Region) -> str | None:
@@ -124,7 +66,7 @@ def kernel_vjp(
     return {r: g for r, g in zip(refs, grads, strict=True) if g is not None}
 
 
-def axis_offsets(form: ConvForm, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def axis_offsets(form: Stencil, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """Per axis the offsets q and phases r of its taps. Shapes ``(k,)``, int64.
 
     Where the stride is one, padding only shifts the symbol by a factor of modulus one and dilation
@@ -143,7 +85,7 @@ def axis_offsets(form: ConvForm, device: torch.device) -> tuple[list[Tensor], li
     return offsets, phases
 
 
-def degrees(form: ConvForm) -> list[int]:
+def degrees(form: Stencil) -> list[int]:
     """Per axis the degree of the symbol in exp(-i w): the spread of the offsets."""
     spread = []
     for k, s, d, (low, _) in zip(
@@ -153,7 +95,7 @@ def degrees(form: ConvForm) -> list[int]:
     return spread
 
 
-def tap_table(form: ConvForm, device: torch.device) -> tuple[Tensor, Tensor]:
+def tap_table(form: Stencil, device: torch.device) -> tuple[Tensor, Tensor]:
     """All taps, the last axis fastest: offsets ``(T, axes)`` and phase numbers ``(T,)``, int64."""
     offsets, phases = axis_offsets(form, device)
     if form.axes == 1:

@@ -33,9 +33,10 @@ from torch import Tensor
 from lmtfast.backends import reference
 from lmtfast.engines import polyphase
 from lmtfast.engines.operator import OperatorEngine
-from lmtfast.engines.polyphase import ConvForm, conv_form
+from lmtfast.engines.polyphase import conv_form
 from lmtfast.engines.step import Saved, Step
 from lmtfast.graph import Conv, Region, WeightRef
+from lmtfast.table import Stencil
 from lmtfast.weights import Weights
 
 name = "separable"
@@ -60,10 +61,10 @@ def state_size(region: Region) -> int:
     """Per group r patterns on the input grid and r channel vectors."""
     form = conv_form(region)
     assert form is not None
-    return form.groups * form.rank * (math.prod(form.in_extent) + form.channels)
+    return form.state_size(name)
 
 
-def _unpack(form: ConvForm, state: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack(form: Stencil, state: Tensor) -> tuple[Tensor, Tensor]:
     """Patterns h ``(G, n, r)`` and orthonormal channel vectors a ``(G, C, r)``, ``||h|| = 1``."""
     r, n = form.rank, math.prod(form.in_extent)
     per_group = state.reshape(form.groups, -1)
@@ -77,7 +78,7 @@ def _scaled(x: Tensor) -> Tensor:
     return polyphase.polar(x.flatten(1))[1].reshape(x.shape)
 
 
-def _windows(form: ConvForm, h: Tensor) -> Tensor:
+def _windows(form: Stencil, h: Tensor) -> Tensor:
     """shift_t h_k at every output. Shape ``(G, J, T r)``, taps before patterns; h ``(G, n, r)``."""
     x = h.mT.reshape(h.shape[0], -1, *form.in_extent)
     pads = [p for pair in reversed(form.padding) for p in pair]
@@ -91,7 +92,7 @@ def _windows(form: ConvForm, h: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(2)
 
 
-def _fold(form: ConvForm, windows: Tensor, patterns: int) -> Tensor:
+def _fold(form: Stencil, windows: Tensor, patterns: int) -> Tensor:
     """The adjoint of :func:`_windows`."""
     groups = windows.shape[0]
     x = windows.reshape(groups, *form.out_extent, *form.kernel, patterns).movedim(-1, 1)
@@ -118,7 +119,7 @@ def _tap_products(acting: Tensor, a: Tensor) -> Tensor:
     return (acting.mT @ a[:, None]).flatten(2)
 
 
-def _stencil(form: ConvForm, h: Tensor, gram: Tensor) -> Tensor:
+def _stencil(form: Stencil, h: Tensor, gram: Tensor) -> Tensor:
     """One application of the compressed ``A^T A`` in the patterns. Shape of h."""
     return _fold(form, _windows(form, h) @ gram, h.shape[-1])
 

@@ -30,14 +30,14 @@ from torch import Tensor
 
 from lmtfast.engines import polyphase
 from lmtfast.engines.frequency import improve, response_phases, scan_candidates
-from lmtfast.engines.polyphase import ConvForm, conv_form, polar, tap_table
+from lmtfast.engines.polyphase import conv_form, polar, tap_table
 from lmtfast.engines.step import Saved, Step
 from lmtfast.graph import Region, WeightRef
+from lmtfast.table import CANDIDATES, Stencil
 from lmtfast.weights import Weights
 
 name = "symbol"
 
-CANDIDATES = 4
 # The explorer has settled when one power step gains less than this fraction.
 STALLED = 1e-3
 # Steps of the alternation after a scan of all frequencies.
@@ -66,14 +66,14 @@ def state_size(region: Region) -> int:
     """Per group F candidates (a point on the circle per axis, a complex x) and an anchor."""
     form = conv_form(region)
     assert form is not None
-    return form.groups * (CANDIDATES * _width(form) + 2 * form.axes)
+    return form.state_size(name)
 
 
-def _width(form: ConvForm) -> int:
+def _width(form: Stencil) -> int:
     return 2 * form.axes + 2 * form.phases * form.channels
 
 
-def _unpack(form: ConvForm, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack(form: Stencil, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Frequencies ``(G, F, axes)``, unit vectors ``(G, F, P * C)`` complex, anchor ``(G, axes)``.
 
     A frequency is the angle of two reals, so that independent Gaussians give a uniform one and no
@@ -99,7 +99,7 @@ def _pack(w: Tensor, x: Tensor, anchor: Tensor) -> Tensor:
     return torch.cat((rows, points), -1).reshape(-1)
 
 
-def _tap_vectors(form: ConvForm, w: Tensor, x: Tensor, table: Tensor, phase: Tensor) -> Tensor:
+def _tap_vectors(form: Stencil, w: Tensor, x: Tensor, table: Tensor, phase: Tensor) -> Tensor:
     """z_t = exp(-i w . tau_t) x_phase(t). Shape ``(G, F, C * T)`` complex."""
     blocks = x.reshape(*x.shape[:-1], form.phases, form.channels)
     z = blocks[..., phase, :] * response_phases(w, table).unsqueeze(-1)  # (G, F, T, C)
@@ -113,7 +113,7 @@ def _apply(matrix: Tensor, z: Tensor) -> Tensor:
     return torch.view_as_complex(image.permute(0, 2, 1, 3).contiguous())
 
 
-def _gather_phases(form: ConvForm, taps: Tensor, w: Tensor, table: Tensor, phase: Tensor) -> Tensor:
+def _gather_phases(form: Stencil, taps: Tensor, w: Tensor, table: Tensor, phase: Tensor) -> Tensor:
     """A(w)^H u from ``taps = W^T u`` of shape ``(G, F, C, T)``. Shape ``(G, F, P * C)``."""
     aligned = taps * response_phases(w, table).conj().unsqueeze(-2)
     if form.phases == 1:
@@ -155,7 +155,7 @@ def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> St
 
 
 def _explore(
-    form: ConvForm, w: Tensor, x: Tensor, anchor: Tensor, before: Tensor, after: Tensor
+    form: Stencil, w: Tensor, x: Tensor, anchor: Tensor, before: Tensor, after: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Let a stalled explorer replace a worse candidate and start at the next frequency."""
     stalled = after[:, -1] <= before[:, -1] * (1.0 + STALLED)  # (G,)

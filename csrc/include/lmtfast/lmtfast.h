@@ -27,7 +27,7 @@ extern "C" {
 #endif
 
 /* Grows by one with every incompatible change of this header. */
-#define LMTFAST_ABI_VERSION 1
+#define LMTFAST_ABI_VERSION 2
 
 typedef enum lmtfast_status {
   LMTFAST_OK = 0,
@@ -36,7 +36,11 @@ typedef enum lmtfast_status {
   LMTFAST_INTERNAL_ERROR = 3
 } lmtfast_status;
 
-typedef enum lmtfast_dtype { LMTFAST_FLOAT32 = 0, LMTFAST_FLOAT64 = 1 } lmtfast_dtype;
+typedef enum lmtfast_dtype {
+  LMTFAST_FLOAT32 = 0,
+  LMTFAST_FLOAT64 = 1,
+  LMTFAST_BFLOAT16 = 2
+} lmtfast_dtype;
 
 /* Version of the library that was loaded; compare it with LMTFAST_ABI_VERSION. */
 LMTFAST_API int64_t lmtfast_abi_version(void);
@@ -45,21 +49,33 @@ LMTFAST_API int64_t lmtfast_abi_version(void);
  * call. */
 LMTFAST_API const char* lmtfast_last_error(void);
 
-/* One linear operator of a network; a table of operators is an array of these. Axes run depth,
- * rows, columns and are right-aligned: with ndim = 2 the entries [1] and [2] are used. Unused axes
- * hold 1 (in, out, kernel, stride, dilation) or 0 (padding). A slot of -1 means none. */
+/* One linear operator of a network as a forward stencil: output o of group g reads input
+ * stride * o + dilation * t - pad_low at tap t, with a (rows, channels) matrix per tap. Weights are
+ * (groups * rows, channels, taps), or (groups * rows, taps, channels) for a tap-major tensor. A
+ * transposed convolution is the adjoint of its stencil; a matrix is a stencil with one tap and one
+ * position. The operator acts with diag(row scale) W diag(column scale) + identity * delta, delta
+ * the matrix that takes channel c to row c of each group at the centre tap, pad_low / dilation.
+ *
+ * Axes run depth, rows, columns and are right-aligned: with axes = 2 the entries [1] and [2] are
+ * used. Unused axes hold 1 (in, out, kernel, stride, dilation) or 0 (padding). */
 #define LMTFAST_OP_ROW_AXES 3
-#define LMTFAST_OP_ROW_FIELDS 33
+#define LMTFAST_OP_ROW_FIELDS 36
 typedef struct lmtfast_op_row {
-  int64_t kind;
-  int64_t weight_slot;
-  int64_t row_scale_slot;
-  int64_t column_scale_slot;
-  int64_t ndim;
-  int64_t c_out;
-  int64_t c_in;
+  int64_t kind;         /* 0: not run here, all else zero; 1: stencil */
+  int64_t engine;       /* lmtfast_engine */
+  int64_t weight_slot;  /* into the tensors of a call */
+  int64_t row_scale;    /* offset in the scale buffer, groups * rows entries; -1: none */
+  int64_t column_scale; /* offset in the scale buffer, groups * channels entries; -1: none */
+  int64_t axes;         /* 0 (a matrix) to 3 */
   int64_t groups;
+  int64_t rows;     /* per group */
+  int64_t channels; /* per group */
   int64_t transposed;
+  int64_t circular; /* padding wraps around; at most once */
+  double identity;
+  int64_t rank; /* of the separable engine: min(8, channels, input positions) */
+  int64_t state_offset;
+  int64_t saved_offset;
   int64_t in[LMTFAST_OP_ROW_AXES];
   int64_t out[LMTFAST_OP_ROW_AXES];
   int64_t kernel[LMTFAST_OP_ROW_AXES];
@@ -67,8 +83,93 @@ typedef struct lmtfast_op_row {
   int64_t pad_low[LMTFAST_OP_ROW_AXES];
   int64_t pad_high[LMTFAST_OP_ROW_AXES];
   int64_t dilation[LMTFAST_OP_ROW_AXES];
-  int64_t output_padding[LMTFAST_OP_ROW_AXES];
 } lmtfast_op_row;
+
+typedef enum lmtfast_engine {
+  LMTFAST_OPERATOR = 0,
+  LMTFAST_SYMBOL = 1,
+  LMTFAST_SEPARABLE = 2
+} lmtfast_engine;
+
+/* Candidate frequencies of the symbol engine per group, and the largest rank of the separable one. */
+#define LMTFAST_CANDIDATES 4
+#define LMTFAST_RANK 8
+
+/* The scale buffer starts as ones; each row multiplies entries [offset, offset + length), in order,
+ * by  constant * t[slot] / sqrt(t[variance_slot] + eps),  or by its inverse. A slot of -1 is left
+ * out; a tensor of one entry serves all. */
+#define LMTFAST_SCALE_ROW_FIELDS 7
+typedef struct lmtfast_scale_row {
+  int64_t offset;
+  int64_t length;
+  int64_t slot;
+  int64_t variance_slot;
+  int64_t inverse;
+  double eps;
+  double constant;
+} lmtfast_scale_row;
+
+/* One step of the composition; a and b are earlier steps, for LMTFAST_SIGMA a is an operator. */
+typedef enum lmtfast_operation {
+  LMTFAST_CONSTANT = 0,
+  LMTFAST_SIGMA = 1,
+  LMTFAST_MUL = 2,
+  LMTFAST_ADD = 3,
+  LMTFAST_HYPOT = 4,
+  LMTFAST_MAX = 5
+} lmtfast_operation;
+#define LMTFAST_INSTRUCTION_FIELDS 4
+typedef struct lmtfast_instruction {
+  int64_t operation;
+  int64_t a;
+  int64_t b;
+  double constant;
+} lmtfast_instruction;
+
+typedef struct lmtfast_network {
+  const lmtfast_op_row* rows;
+  const lmtfast_scale_row* scales;
+  const lmtfast_instruction* tape;
+  int64_t n_rows;
+  int64_t n_scales;
+  int64_t n_tape;
+  int64_t features; /* the step of the tape that is the features' bound, and the logits' */
+  int64_t total;
+  int64_t scale_size; /* entries of the scale buffer */
+  int64_t saved_size; /* entries of the saved buffer: the scale buffer, then the operators' */
+  int64_t state_size; /* entries of the iterates, those of operators run elsewhere included */
+} lmtfast_network;
+
+/* A dense tensor. Only weights may be bfloat16 or tap-major; scales are float32. */
+typedef struct lmtfast_tensor {
+  void* data; /* NULL: absent */
+  int64_t dtype;
+  int64_t size;
+  int64_t tap_major;
+} lmtfast_tensor;
+
+/* One step of every operator of the table that is run here. Reads state (state_size), writes
+ * sigmas (n_rows) and saved (saved_size), and new_state (state_size) unless it is NULL: then the
+ * iterates stay and sigma is read before a step. Entries of operators run elsewhere are left
+ * untouched. Layouts and formulas: csrc/ops/spectral.h. */
+LMTFAST_API lmtfast_status lmtfast_spectral_step(const lmtfast_network* network,
+                                                 const lmtfast_tensor* tensors, int64_t n_tensors,
+                                                 const float* state, float* new_state,
+                                                 float* sigmas, float* saved, int64_t num_threads);
+
+/* Gradient of <grad_sigmas, sigmas>, as saved by a step, in every tensor whose entry of grads has
+ * data. Gradients are float32, in the layout of their tensor, and overwritten; those of tensors
+ * that no operator run here reads become zero. */
+LMTFAST_API lmtfast_status lmtfast_spectral_vjp(const lmtfast_network* network,
+                                                const lmtfast_tensor* tensors, int64_t n_tensors,
+                                                const float* saved, const float* grad_sigmas,
+                                                const lmtfast_tensor* grads, int64_t num_threads);
+
+/* Runs the tape: values (2) are the bounds of features and logits, jacobian (2, n_rows) their
+ * derivatives in the norms. Where an operand of hypot or max ties or vanishes, the derivative is
+ * the one PyTorch takes: half to each side of a tie, zero at the origin. */
+LMTFAST_API lmtfast_status lmtfast_compose(const lmtfast_network* network, const float* sigmas,
+                                           float* values, float* jacobian);
 
 /* How the margin enters the cross-entropy; formulas in csrc/ops/margin_cross_entropy.h. */
 typedef enum lmtfast_margin_member {

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""Spectral norms by the compiled CPU core: all operators of a network in one call.
+
+A backend that offers this exposes ``STEPS`` (the engines it runs), ``spectral_step``,
+``spectral_vjp`` and ``compose``; every other operator of a plan is run by the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtfast.errors import DtypeError, ShapeError
+from lmtfast.table import OperatorTable
+
+STEPS = frozenset[str]()
+DTYPES = {torch.float32: 0, torch.bfloat16: 2}
+
+
+@lru_cache(maxsize=64)
+def packed(table: OperatorTable) -> Any:
+    """The table's copy inside the compiled core."""
+    from lmtfast import _C
+
+    flat = [list(chain.from_iterable(part)) for part in (table.rows, table.scales, table.tape)]
+    return _C.Network(
+        *flat, table.features, table.total, table.scale_size, table.saved_size, table.state_size
+    )
+
+
+def spectral_step(
+    table: OperatorTable, tensors: Sequence[Tensor], state: Tensor, *, update: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of every operator that the table marks as compiled.
+
+    Args:
+        table: The plan's table.
+        tensors: One tensor per slot, on the CPU. Weights may be bfloat16; other dtypes and layouts
+            than contiguous or channels-last are copied to float32 first.
+        state: Iterates of all operators. Shape ``(state_size,)``, float32; not modified.
+        update: Whether to advance; otherwise sigma is read before a step.
+
+    Returns:
+        sigmas ``(R,)``, zero for operators not run here; the new iterates ``(state_size,)``, equal
+        to the old ones for operators not run here and where a step is not finite, or empty without
+        ``update``; and what the gradient needs ``(saved_size,)``.
+
+    Raises:
+        DtypeError: The state is not float32, or a tensor is neither real nor floating.
+        ShapeError: A tensor is not on the CPU, or the state has another size.
+
+    Guarantee:
+        None: power iteration estimates norms from below.
+    """
+    _require_state(table, state)
+    views = [_dense(t) for t in tensors]
+    state = state.contiguous()
+    sigmas = state.new_zeros(len(table.rows))
+    saved = state.new_empty(table.saved_size)
+    new_state = state.clone() if update else state.new_empty(0)
+    packed(table).step(
+        _described(views), state.data_ptr(), new_state.data_ptr() if update else 0,
+        sigmas.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return sigmas, new_state, saved
+
+
+def spectral_vjp(
+    table: OperatorTable,
+    tensors: Sequence[Tensor],
+    saved: Tensor,
+    grad_sigmas: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradient of ``<grad_sigmas, sigmas>`` in every wanted tensor, in the tensor's own dtype.
+
+    Args:
+        table: The plan's table.
+        tensors: As given to :func:`spectral_step`.
+        saved: As returned by it.
+        grad_sigmas: Shape ``(R,)``, float32.
+        wanted: Which tensors' gradients are wanted; the others' are None.
+    """
+    views = [_dense(t) for t in tensors]
+    grads = [
+        torch.empty_like(v, dtype=torch.float32) if want else None
+        for v, want in zip(views, wanted, strict=True)
+    ]
+    outputs = []
+    for view, grad in zip(views, grads, strict=True):
+        if grad is None:
+            outputs += [0, 0, 0, 0]
+        else:
+            outputs += [grad.data_ptr(), 0, view.numel(), int(_tap_major(view))]
+    packed(table).vjp(
+        _described(views), saved.data_ptr(), grad_sigmas.contiguous().data_ptr(), outputs,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return [g if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
+
+
+def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds of features and logits ``(2,)`` and their derivatives in sigmas ``(2, R)``."""
+    sigmas = sigmas.contiguous()
+    values, jacobian = sigmas.new_empty(2), sigmas.new_empty(2, len(table.rows))
+    packed(table).compose(sigmas.data_ptr(), values.data_ptr(), jacobian.data_ptr())
+    return values, jacobian
+
+
+def _require_state(table: OperatorTable, state: Tensor) -> None:
+    if state.dtype != torch.float32:
+        raise DtypeError(
+            "float32 iterates", str(state.dtype), "the native backend",
+            "use backend='reference' for float64 weights",
+        )  # fmt: skip
+    if state.shape != (table.state_size,):
+        raise ShapeError(
+            f"iterates of shape ({table.state_size},)", str(tuple(state.shape)), "PowerState",
+            "use the state that was made with the plan",
+        )  # fmt: skip
+
+
+def _tap_major(t: Tensor) -> bool:
+    """Whether the taps of a kernel lie outside its channels (channels-last)."""
+    return t.ndim > 2 and not t.is_contiguous()
+
+
+def _dense(t: Tensor) -> Tensor:
+    """The tensor in a dtype and a layout that the core reads; itself where it already is."""
+    if t.device.type != "cpu":
+        raise ShapeError(
+            "tensors on the CPU", f"one on {t.device}", "the native backend",
+            "move the model, or leave out backend=",
+        )  # fmt: skip
+    t = t.detach()
+    if t.dtype not in DTYPES or (t.dtype == torch.bfloat16 and t.ndim < 2):
+        if t.is_complex():
+            raise DtypeError("real weights", str(t.dtype), "the native backend", "use reals")
+        t = t.float()
+    if t.is_contiguous():
+        return t
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
+    if last is not None and t.is_contiguous(memory_format=last):
+        return t
+    return t.contiguous()
+
+
+def _described(views: Sequence[Tensor]) -> list[int]:
+    flat = []
+    for t in views:
+        flat += [t.data_ptr(), DTYPES[t.dtype], t.numel(), int(_tap_major(t))]
+    return flat
