@@ -87,24 +87,28 @@ class MarginCrossEntropy(torch.autograd.Function):
 
 
 class SpectralNorms(torch.autograd.Function):
-    """Spectral norms of all operators of a plan: one node for the whole network.
+    """Spectral norms of all operators of a plan and the bounds composed of them: one node.
 
-    The engines' steps run here; the iterates are replaced in one write, in forward only. Backward
-    is one weight gradient per operator from the saved vectors.
+    Returns sigmas ``(R,)``, the bounds of features and logits ``(2,)``, and the new iterates, which
+    the caller stores. Backward is one weight gradient per operator from the saved vectors.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, state: Any, update: bool, *tensors: Tensor) -> Tensor:
-        sigmas, saved = spectral_step(plan, state, tensors, update=update)
-        ctx.plan, ctx.counts = plan, [len(s) for s in saved]
-        ctx.save_for_backward(*tensors, *(t for s in saved for t in s))
-        return sigmas
+    def forward(
+        ctx: Any, plan: Any, state: Tensor, update: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        step = spectral_step(plan, state, tensors, update=update)
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors, step.jacobian, step.saved, step.rest)
+        ctx.mark_non_differentiable(step.iterates)
+        return step.sigmas, step.values, step.iterates
 
     @staticmethod
-    def backward(ctx: Any, grad_sigmas: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_sigmas: Tensor, grad_values: Tensor, _: Any
+    ) -> tuple[Tensor | None, ...]:
         refuse_second_order("NetworkBound")
-        n = len(ctx.plan.slots)
-        tensors, flat = ctx.saved_tensors[:n], iter(ctx.saved_tensors[n:])
-        saved = [tuple(next(flat) for _ in range(count)) for count in ctx.counts]
+        *tensors, jacobian, saved, rest = ctx.saved_tensors
+        grad = grad_sigmas + grad_values @ jacobian
         wanted = ctx.needs_input_grad[3:]
-        return (None, None, None, *spectral_vjp(ctx.plan, tensors, saved, grad_sigmas, wanted))
+        return (None, None, None, *spectral_vjp(ctx.plan, tensors, saved, rest, grad, wanted))

@@ -28,6 +28,21 @@ def compose(tape: Sequence[Instruction], sigmas: Tensor) -> list[Tensor | float]
     return _run(tape, sigma, lambda a, b: a * b, lambda a, b: a + b, hypot, largest)
 
 
+@torch.enable_grad()
+def compose_with_jacobian(
+    tape: Sequence[Instruction], sigmas: Tensor, outputs: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Values of some instructions ``(n,)`` and their derivatives in ``sigmas``, ``(n, R)``."""
+    leaf = sigmas.detach().requires_grad_()
+    results = compose(tape, leaf)
+    values = [as_scalar(results[i], leaf) for i in outputs]
+    rows = [
+        torch.autograd.grad(v, leaf, retain_graph=True)[0] if v.requires_grad else leaf.detach() * 0
+        for v in values
+    ]
+    return torch.stack(values).detach(), torch.stack(rows)
+
+
 def compose_up(tape: Sequence[Instruction], sigmas: Sequence[float]) -> list[float]:
     """Value of every instruction, rounded up at each one: upper bounds in, upper bounds out."""
     return _run(tape, sigmas, mul_up, add_up, hypot_up, max)

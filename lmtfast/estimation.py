@@ -15,11 +15,10 @@ from lmtfast.autograd import SpectralNorms
 from lmtfast.backends import choose_backend
 from lmtfast.backends.reference import effective_weight
 from lmtfast.bound import LipschitzBound
-from lmtfast.composing import as_scalar, compose
 from lmtfast.engines import get_engine
-from lmtfast.engines.network import rescan_parts, state_sizes
+from lmtfast.engines.network import rescan_iterates
 from lmtfast.errors import ArgumentError, StalePlanError
-from lmtfast.graph import BatchNormScale, Linear, Region
+from lmtfast.graph import Linear, ParameterRef, Region
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.state import PowerState
 from lmtfast.tracing import trace_model
@@ -94,7 +93,7 @@ class NetworkBound(nn.Module):
         tensors = [t for t in named_tensors(model).values() if t.is_floating_point()]
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         device = tensors[0].device if tensors else torch.device("cpu")
-        self.state = PowerState(state_sizes(self.plan), dtype=dtype, device=device)
+        self.state = PowerState(self.plan.state_sizes, dtype=dtype, device=device)
         if not self.state.iterates.is_meta and not any(t.is_meta for t in tensors):
             self.converge(WARM_UP)
         # After the warm-up, which has no batch to take statistics from.
@@ -105,21 +104,20 @@ class NetworkBound(nn.Module):
         # Registered after tracing, so that the traced program does not contain the hooks.
         self._batch_variance = {}
         modules = dict(self._model[0].named_modules())
-        for ref in self.plan.slots:
-            if isinstance(ref, BatchNormScale):
-                if not isinstance(modules.get(ref.module), _BatchNorm):
-                    raise ArgumentError(
-                        "batch norms that are modules", f"a functional one at {ref.module!r}",
-                        "NetworkBound(batch_norm='batch')", "use batch_norm='running'",
-                    )  # fmt: skip
-                hook = partial(_record_variance, self._batch_variance, ref.module)
-                modules[ref.module].register_forward_pre_hook(hook)
+        for ref in self.plan.batch_norms:
+            if not isinstance(modules.get(ref.module), _BatchNorm):
+                raise ArgumentError(
+                    "batch norms that are modules", f"a functional one at {ref.module!r}",
+                    "NetworkBound(batch_norm='batch')", "use batch_norm='running'",
+                )  # fmt: skip
+            hook = partial(_record_variance, self._batch_variance, ref.module)
+            modules[ref.module].register_forward_pre_hook(hook)
 
     def _weights(self) -> Weights:
         model = self._model[0]
         self.plan.check_fresh(model)
         if self._batch_variance is not None:
-            wanted = {r.module for r in self.plan.slots if isinstance(r, BatchNormScale)}
+            wanted = {ref.module for ref in self.plan.batch_norms}
             if missing := wanted - set(self._batch_variance):
                 raise StalePlanError(
                     "batch statistics from a forward pass in training mode",
@@ -133,7 +131,18 @@ class NetworkBound(nn.Module):
         )
 
     def _tensors(self, weights: Weights) -> list[Tensor]:
-        return [weights[ref] for ref in self.plan.slots]
+        """One tensor per slot; parameters in their own dtype, which a backend may read directly."""
+        variances = {
+            ref.variance: self._batch_variance[ref.module]
+            for ref in self.plan.batch_norms
+            if self._batch_variance is not None
+        }
+        return [
+            variances[ref] if ref in variances
+            else weights.tensors[ref.name] if isinstance(ref, ParameterRef)
+            else weights[ref]
+            for ref in self.plan.slots
+        ]  # fmt: skip
 
     def forward(self, update: bool = True) -> LipschitzBound:
         """Estimate the bound at the present weights.
@@ -151,17 +160,19 @@ class NetworkBound(nn.Module):
         with torch.autocast(self.state.iterates.device.type, enabled=False):
             weights = self._weights()
             tensors = self._tensors(weights)
-            sigmas = SpectralNorms.apply(self.plan, self.state, update, *tensors)
-            values = compose(self.plan.graph.tape, sigmas)
+            sigmas, values, iterates = SpectralNorms.apply(
+                self.plan, self.state.iterates, update, *tensors
+            )
+            if update:
+                self.state.advance(iterates)
             head_weight = None
             head = self.plan.graph.head
             if head is not None:
                 head_weight = head_matrix(self.plan, weights)
-        graph = self.plan.graph
+        features, total = values.unbind()
         names = [o.name for o in self.plan.operators]
         return LipschitzBound(
-            total=as_scalar(values[graph.total], sigmas),
-            features=as_scalar(values[graph.features], sigmas),
+            total=total, features=features,
             per_operator=dict(zip(names, sigmas.unbind(), strict=True)),
             level="estimate", delta=1.0, slack=math.nan,
             method="power iteration, " + "/".join(sorted(set(self.plan.engines))),
@@ -178,7 +189,7 @@ class NetworkBound(nn.Module):
         device.
         """
         tensors = self._tensors(self._weights())
-        self.state.advance(rescan_parts(self.plan, self.state, tensors))
+        self.state.advance(rescan_iterates(self.plan, self.state.iterates, tensors))
         return self(update=False)
 
     @torch.no_grad()

@@ -7,12 +7,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from torch import nn
 
-from lmtfast.engines import choose_engine
+from lmtfast.backends import backend_module
+from lmtfast.engines import ENGINES, choose_engine, get_engine
 from lmtfast.errors import StalePlanError
-from lmtfast.graph import BoundGraph, Operator, Region, WeightRef, weight_refs
+from lmtfast.graph import (
+    BatchNormScale,
+    BoundGraph,
+    Operator,
+    Region,
+    WeightRef,
+    leaf_refs,
+    weight_refs,
+)
 from lmtfast.table import OperatorTable, build_table
 from lmtfast.tracing import trace_model
 from lmtfast.weights import named_tensors
@@ -33,10 +43,12 @@ class BoundPlan:
 
     Attributes:
         graph: Operators and the tape that composes their norms.
-        slots: Every weight the operators read, in the order the engines receive them.
+        slots: Every tensor the operators read, in the order the engines receive them; a batch
+            norm's gain stands as its weight and its variance.
         table: Packed rows of the operators and their buckets of equal shape.
         engines: Name of the engine per operator; ``closed form`` where none is needed.
         reasons: Why that engine, per operator.
+        state_sizes: Entries of the iterate, per operator.
         backend: Name of the backend.
         signature: Modules and tensor shapes of the model when it was traced.
 
@@ -56,6 +68,7 @@ class BoundPlan:
     table: OperatorTable
     engines: tuple[str, ...]
     reasons: tuple[str, ...]
+    state_sizes: tuple[int, ...]
     backend: str
     signature: Signature
 
@@ -64,11 +77,23 @@ class BoundPlan:
         return self.graph.operators
 
     @cached_property
-    def operator_slots(self) -> tuple[tuple[WeightRef, ...], ...]:
-        """The weights each operator reads."""
-        return tuple(weight_refs(operator) for operator in self.operators)
+    def state_offsets(self) -> tuple[int, ...]:
+        """Where each operator's iterate starts in the packed buffer, and the buffer's end."""
+        return (0, *accumulate(self.state_sizes))
 
-    @property
+    @cached_property
+    def batch_norms(self) -> tuple[BatchNormScale, ...]:
+        """Every batch norm whose gain is folded into an operator."""
+        refs = (ref for operator in self.operators for ref in weight_refs(operator))
+        return tuple(dict.fromkeys(r for r in refs if isinstance(r, BatchNormScale)))
+
+    @cached_property
+    def uncompiled(self) -> tuple[int, ...]:
+        """Operators that the reference engines run one by one."""
+        compiled = set(self.table.compiled)
+        return tuple(i for i in range(len(self.operators)) if i not in compiled)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over everything the bound depends on except tensor values."""
         content = repr((self.graph, self.slots, self.engines, self.backend, self.signature))
@@ -88,14 +113,17 @@ class BoundPlan:
             )
 
     def __str__(self) -> str:
-        rows = [("region", "kind", "in", "out", "bucket", "engine", "rule")]
+        rows = [("region", "kind", "in", "out", "bucket", "engine", "backend", "rule")]
         buckets = self.table.buckets
+        compiled = set(self.table.compiled)
         for i, op in enumerate(self.operators):
-            rule = _rule(op)
             shapes = ("x".join(map(str, op.in_shape)), "x".join(map(str, op.out_shape)))
-            rows.append((op.name, op.kind, *shapes, str(buckets[i]), self.engines[i], rule))
+            backend = self.backend if i in compiled else "reference"
+            where = (str(buckets[i]), self.engines[i], backend)
+            rows.append((op.name, op.kind, *shapes, *where, _rule(op)))
         rows += [
-            (n or "forward", rule, "", "", "", "", f"{c:.6g}") for n, rule, c in self.graph.notes
+            (n or "forward", rule, "", "", "", "", "", f"{c:.6g}")
+            for n, rule, c in self.graph.notes
         ]
         widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
         lines = [
@@ -130,7 +158,7 @@ def make_plan(model: nn.Module, graph: BoundGraph, *, engine: str, backend: str)
     """Collect the weights, build the table and choose an engine per operator."""
     slots: dict[WeightRef, int] = {}
     for operator in graph.operators:
-        for ref in weight_refs(operator):
+        for ref in leaf_refs(operator):
             slots.setdefault(ref, len(slots))
     chosen = [
         choose_engine(o, engine)
@@ -139,8 +167,17 @@ def make_plan(model: nn.Module, graph: BoundGraph, *, engine: str, backend: str)
         for o in graph.operators
     ]
     engines, reasons = tuple(c[0] for c in chosen), tuple(c[1] for c in chosen)
-    table = build_table(graph.operators, slots)
-    return BoundPlan(graph, tuple(slots), table, engines, reasons, backend, model_signature(model))
+    sizes = [
+        get_engine(name).state_size(o) if isinstance(o, Region) and name in ENGINES else 0
+        for o, name in zip(graph.operators, engines, strict=True)
+    ]
+    table = build_table(
+        graph.operators, graph.tape, (graph.features, graph.total), slots=slots, engines=engines,
+        state_sizes=sizes, compiled=getattr(backend_module(backend), "STEPS", frozenset()),
+    )  # fmt: skip
+    return BoundPlan(
+        graph, tuple(slots), table, engines, reasons, tuple(sizes), backend, model_signature(model)
+    )
 
 
 def trace(model: nn.Module, input_shape: Sequence[int]) -> BoundPlan:

@@ -54,9 +54,7 @@ class PowerState(nn.Module):
         return self.iterates[self.offsets[index] : self.offsets[index + 1]]
 
     @torch.no_grad()
-    def advance(self, parts: Sequence[Tensor]) -> None:
-        """Replace all iterates in one write; a part that is not finite keeps the old one."""
-        if self.sizes:
-            packed = torch.cat([p.reshape(-1).to(self.iterates.dtype) for p in parts])
-            self.iterates.copy_(torch.where(packed.isfinite(), packed, self.iterates))
+    def advance(self, iterates: Tensor) -> None:
+        """Replace all iterates in one write. Shape ``(sum(sizes),)``."""
+        self.iterates.copy_(iterates)
         self.steps += 1

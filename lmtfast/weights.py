@@ -52,7 +52,7 @@ class Weights:
         dtype: torch.dtype | None = None,
         batch_variance: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._tensors, self._dtype = tensors, dtype
+        self.tensors, self._dtype = tensors, dtype
         self._batch_variance = batch_variance or {}
         self._cache: dict[WeightRef, Tensor] = {}
 
@@ -72,12 +72,12 @@ class Weights:
 
     def _resolve(self, ref: WeightRef) -> Tensor:
         if isinstance(ref, ParameterRef):
-            if ref.name not in self._tensors:
+            if ref.name not in self.tensors:
                 raise StalePlanError(
                     f"a parameter or buffer {ref.name!r}", "none", "the traced model",
                     "trace the model again after changing its structure",
                 )  # fmt: skip
-            return self._cast(self._tensors[ref.name])
+            return self._cast(self.tensors[ref.name])
         if isinstance(ref, ConstantRef):
             return self._cast(constant_tensor(ref))
         if isinstance(ref, BatchNormScale):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import math
 
-from lmtfast.backends import backend_module
+from lmtfast.backends import backend_module, reference
 from lmtfast.engines.polyphase import conv_form
 from lmtfast.engines.step import Engine, Saved, Step
 from lmtfast.errors import ArgumentError
@@ -24,7 +24,7 @@ SEPARABLE_MAX_POSITIONS = 400
 
 
 def get_engine(name: str, backend: str = "reference") -> Engine:
-    """The engine called ``name``; ``operator`` runs on the backend called ``backend``."""
+    """The engine called ``name``; ``operator`` with the functions of ``backend``, if it has them."""
     if name not in ENGINES:
         raise ArgumentError(
             f"an engine, one of {', '.join(('auto', *ENGINES))}", repr(name), "engine",
@@ -33,7 +33,8 @@ def get_engine(name: str, backend: str = "reference") -> Engine:
     module = importlib.import_module(f"lmtfast.engines.{name}")
     engine: Engine = module
     if name == "operator":
-        engine = module.OperatorEngine(backend_module(backend))
+        functions = backend_module(backend)
+        engine = module.OperatorEngine(functions if hasattr(functions, "matvec") else reference)
     return engine
 
 

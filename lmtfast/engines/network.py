@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""One step of every operator of a network, and its gradient."""
+"""One step of every operator of a network, and its gradient.
+
+The operators that the plan's table marks as compiled run in one call of the backend; the others
+run one by one on the reference engines.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lmtfast.backends import backend_module
 from lmtfast.backends.reference import Leaves
+from lmtfast.composing import compose_with_jacobian
 from lmtfast.engines import get_engine
-from lmtfast.engines.step import Saved
-from lmtfast.graph import Operator, Region, Slope, WeightRef
-from lmtfast.state import PowerState
+from lmtfast.graph import Operator, Region, Shape, Slope, WeightRef, leaf_refs
 
 if TYPE_CHECKING:
     from lmtfast.plan import BoundPlan
@@ -21,112 +26,171 @@ if TYPE_CHECKING:
 CLOSED_FORM = "closed form"
 
 
-def state_sizes(plan: BoundPlan) -> list[int]:
-    """Packed state entries per operator, 0 where a closed form needs none."""
-    return [
-        0
-        if name == CLOSED_FORM or not isinstance(op, Region)
-        else get_engine(name, plan.backend).state_size(op)
-        for op, name in zip(plan.operators, plan.engines, strict=True)
-    ]
+class NetworkStep(NamedTuple):
+    """What one step of a network returns.
+
+    Attributes:
+        sigmas: Estimates of all spectral norms. Shape ``(R,)``.
+        values: Composed bounds of features and logits. Shape ``(2,)``.
+        jacobian: Their derivatives in ``sigmas``. Shape ``(2, R)``.
+        iterates: All iterates after the step, empty where none was asked for.
+        saved: What the backend's gradient needs, flat.
+        rest: What the reference engines' gradients need, flat, operator by operator.
+    """
+
+    sigmas: Tensor
+    values: Tensor
+    jacobian: Tensor
+    iterates: Tensor
+    saved: Tensor
+    rest: Tensor
 
 
 def spectral_step(
-    plan: BoundPlan, state: PowerState, tensors: Sequence[Tensor], *, update: bool
-) -> tuple[Tensor, list[Saved]]:
-    """Estimates of all spectral norms. Shape ``(R,)``; advances the state when ``update``."""
-    leaves = dict(zip(plan.slots, tensors, strict=True))
-    weights = Leaves(leaves)
-    sigmas, saved, parts = [], [], []
-    for i, (operator, name) in enumerate(zip(plan.operators, plan.engines, strict=True)):
-        # The saved vectors must survive the in-place update below and a second call in one step.
-        iterate = state.slice(i).clone()
-        if name == CLOSED_FORM or not isinstance(operator, Region):
-            sigma, keep = largest_entry(operator, leaves)
-            parts.append(iterate)
-        else:
-            result = get_engine(name, plan.backend).step(operator, weights, iterate, update=update)
-            sigma, keep = result.sigma, result.saved
-            parts.append(result.state)
-        sigmas.append(sigma)
-        saved.append(keep)
-    if update:
-        state.advance(parts)
-    return torch.stack(sigmas) if sigmas else state.iterates.new_zeros(0), saved
+    plan: BoundPlan, state: Tensor, tensors: Sequence[Tensor], *, update: bool
+) -> NetworkStep:
+    """One step of every operator; ``state`` is read, never written.
+
+    An iterate that would not be finite stays as it was.
+    """
+    module = backend_module(plan.backend)
+    if plan.table.compiled:
+        sigmas, iterates, saved = module.spectral_step(plan.table, tensors, state, update=update)
+    else:
+        sigmas, saved = state.new_zeros(len(plan.operators)), state.new_empty(0)
+        iterates = state.clone() if update else state.new_empty(0)
+    kept: list[Tensor] = []
+    if plan.uncompiled:
+        leaves = _leaves(plan, tensors, state.dtype)
+        weights = Leaves(leaves)
+        for i in plan.uncompiled:
+            operator, name = plan.operators[i], plan.engines[i]
+            if name == CLOSED_FORM or not isinstance(operator, Region):
+                sigmas[i] = largest_entry(operator, leaves)
+                continue
+            part = slice(plan.state_offsets[i], plan.state_offsets[i + 1])
+            result = get_engine(name, plan.backend).step(
+                operator, weights, state[part], update=update
+            )
+            sigmas[i] = result.sigma
+            kept += [t.reshape(-1) for t in result.saved]
+            if update:
+                new = result.state.reshape(-1).to(state.dtype)
+                iterates[part] = torch.where(new.isfinite(), new, state[part])
+    rest = torch.cat(kept) if kept else state.new_empty(0)
+    if hasattr(module, "compose"):
+        values, jacobian = module.compose(plan.table, sigmas)
+    else:
+        graph = plan.graph
+        values, jacobian = compose_with_jacobian(graph.tape, sigmas, (graph.features, graph.total))
+    return NetworkStep(sigmas, values, jacobian, iterates, saved, rest)
 
 
-def rescan_parts(plan: BoundPlan, state: PowerState, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Fresh states found by a full search at the present weights, one per operator."""
-    weights = Leaves(dict(zip(plan.slots, tensors, strict=True)))
-    parts = []
+def _leaves(
+    plan: BoundPlan, tensors: Sequence[Tensor], dtype: torch.dtype
+) -> dict[WeightRef, Tensor]:
+    return {
+        ref: t.detach().to(dtype) if t.is_floating_point() else t.detach()
+        for ref, t in zip(plan.slots, tensors, strict=True)
+    }
+
+
+def saved_shapes(plan: BoundPlan, index: int) -> tuple[Shape, ...]:
+    """Shapes of what one reference operator adds to ``NetworkStep.rest``."""
+    operator, name = plan.operators[index], plan.engines[index]
+    if name == CLOSED_FORM or not isinstance(operator, Region):
+        return ()
+    return get_engine(name, plan.backend).saved_shapes(operator)
+
+
+def rest_size(plan: BoundPlan) -> int:
+    """Entries of ``NetworkStep.rest``."""
+    return sum(math.prod(s) for i in plan.uncompiled for s in saved_shapes(plan, i))
+
+
+def rescan_iterates(plan: BoundPlan, state: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Fresh iterates found by a full search at the present weights. Shape of ``state``."""
+    weights = Leaves(_leaves(plan, tensors, state.dtype))
+    found = state.clone()
     for i, (operator, name) in enumerate(zip(plan.operators, plan.engines, strict=True)):
-        part = state.slice(i).clone()
         if name != CLOSED_FORM and isinstance(operator, Region):
-            part = get_engine(name, plan.backend).rescan(operator, weights, part)
-        parts.append(part)
-    return parts
+            part = slice(plan.state_offsets[i], plan.state_offsets[i + 1])
+            new = get_engine(name, plan.backend).rescan(operator, weights, state[part].clone())
+            found[part] = torch.where(new.isfinite(), new.to(state.dtype), state[part])
+    return found
 
 
 def spectral_vjp(
     plan: BoundPlan,
     tensors: Sequence[Tensor],
-    saved: Sequence[Saved],
+    saved: Tensor,
+    rest: Tensor,
     grad_sigmas: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradient in every slot's tensor; None where it is not wanted."""
-    leaves = dict(zip(plan.slots, tensors, strict=True))
-    asked = {ref for ref, want in zip(plan.slots, wanted, strict=True) if want}
     total: dict[WeightRef, Tensor] = {}
-    for i, (operator, name) in enumerate(zip(plan.operators, plan.engines, strict=True)):
-        refs = plan.operator_slots[i]
-        if not asked.intersection(refs):
-            continue
-        if name == CLOSED_FORM or not isinstance(operator, Region):
-            grads = largest_entry_vjp(operator, leaves, saved[i])
-        else:
-            grads = get_engine(name, plan.backend).vjp(
-                operator, {r: leaves[r] for r in refs}, saved[i]
-            )
-        for ref, grad in grads.items():
-            if ref in asked:
-                part = grad_sigmas[i] * grad
-                total[ref] = total[ref] + part if ref in total else part
+    if plan.table.compiled:
+        grads = backend_module(plan.backend).spectral_vjp(
+            plan.table, tensors, saved, grad_sigmas, wanted
+        )
+        total = {ref: g for ref, g in zip(plan.slots, grads, strict=True) if g is not None}
+    asked = {ref for ref, want in zip(plan.slots, wanted, strict=True) if want}
+    if plan.uncompiled:
+        leaves = _leaves(plan, tensors, grad_sigmas.dtype)
+        offset = 0
+        for i in plan.uncompiled:
+            operator, name = plan.operators[i], plan.engines[i]
+            parts: list[Tensor] = []
+            for shape in saved_shapes(plan, i):
+                parts.append(rest[offset : offset + math.prod(shape)].reshape(shape))
+                offset += math.prod(shape)
+            refs = leaf_refs(operator)
+            if not asked.intersection(refs):
+                continue
+            if name == CLOSED_FORM or not isinstance(operator, Region):
+                found = largest_entry_vjp(operator, leaves)
+            else:
+                found = get_engine(name, plan.backend).vjp(
+                    operator, {r: leaves[r] for r in refs}, tuple(parts)
+                )
+            for ref, grad in found.items():
+                if ref in asked:
+                    part = grad_sigmas[i] * grad
+                    total[ref] = total[ref] + part if ref in total else part
     return [
         total[ref].to(t.dtype) if ref in total else (torch.zeros_like(t) if want else None)
         for ref, t, want in zip(plan.slots, tensors, wanted, strict=True)
     ]
 
 
-def _entries(operator: Operator, leaves: dict[WeightRef, Tensor]) -> tuple[WeightRef, Tensor]:
-    """The tensor whose largest absolute entry is the operator's norm."""
+def _entries(operator: Operator, leaves: dict[WeightRef, Tensor]) -> Tensor:
+    """The values whose largest one is the operator's norm."""
+    weights = Leaves(leaves)
     if isinstance(operator, Slope):
-        return operator.ref, leaves[operator.ref].reshape(-1).abs()
+        return weights[operator.ref].reshape(-1).abs()
     op = operator.primitive
-    ref = op.ref  # type: ignore[union-attr]
-    entries = leaves[ref].reshape(-1).abs()
-    return ref, (entries.reciprocal() if op.inverse else entries) * abs(op.gain)  # type: ignore[union-attr]
+    entries = weights[op.ref].reshape(-1).abs()  # type: ignore[union-attr]
+    return (entries.reciprocal() if op.inverse else entries) * abs(op.gain)  # type: ignore[union-attr]
 
 
-def largest_entry(operator: Operator, leaves: dict[WeightRef, Tensor]) -> tuple[Tensor, Saved]:
-    """Norm of a diagonal map, or the slope of a PReLU; saves where the maximum is."""
-    _, entries = _entries(operator, leaves)
-    sigma, index = entries.max(0)
+def largest_entry(operator: Operator, leaves: dict[WeightRef, Tensor]) -> Tensor:
+    """Norm of a diagonal map, or the slope of a PReLU."""
+    sigma = _entries(operator, leaves).max()
     # NaN must not hide behind the comparison with one.
-    if isinstance(operator, Slope):
-        sigma = torch.maximum(sigma, torch.ones_like(sigma))
-    return sigma, (index,)
+    return torch.maximum(sigma, torch.ones_like(sigma)) if isinstance(operator, Slope) else sigma
 
 
 def largest_entry_vjp(
-    operator: Operator, leaves: dict[WeightRef, Tensor], saved: Saved
+    operator: Operator, leaves: dict[WeightRef, Tensor]
 ) -> dict[WeightRef, Tensor]:
     """Subgradient: the entry that attains the maximum."""
+    refs = leaf_refs(operator)
     with torch.enable_grad():
-        ref = _entries(operator, leaves)[0]
-        leaf = leaves[ref].detach().requires_grad_()
-        value = _entries(operator, {ref: leaf})[1][saved[0]]
+        variables = {r: leaves[r].detach().requires_grad_() for r in refs}
+        entries = _entries(operator, variables)
+        value = entries[entries.argmax()]
         if isinstance(operator, Slope):
             value = torch.where(value > 1, value, value.detach())
-        (grad,) = torch.autograd.grad(value, leaf)
-    return {ref: grad}
+        grads = torch.autograd.grad(value, [variables[r] for r in refs], allow_unused=True)
+    return {r: g for r, g in zip(refs, grads, strict=True) if g is not None}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmtfast.backends import reference
 from lmtfast.engines.step import Saved, Step, length, unit
-from lmtfast.graph import Region, WeightRef
+from lmtfast.graph import Region, Shape, WeightRef
 from lmtfast.verified.lanczos import top_eigenvector
 from lmtfast.weights import Weights
 
@@ -39,6 +39,11 @@ class OperatorEngine:
     def state_size(self, region: Region) -> int:
         """Entries of the iterate ``v``: one input of the operator."""
         return reference.entries(region)
+
+    def saved_shapes(self, region: Region) -> tuple[Shape, ...]:
+        """Shapes of the image ``u`` and of the iterate ``v``."""
+        v = reference.vector_shape(region)
+        return (region.out_shape if v == region.in_shape else region.out_shape[-1:], v)
 
     def step(self, region: Region, weights: Weights, state: Tensor, *, update: bool) -> Step:
         """One power step on the packed iterate; returns sigma, the new iterate and ``(u, v)``.

@@ -35,7 +35,7 @@ from lmtfast.engines import polyphase
 from lmtfast.engines.operator import OperatorEngine
 from lmtfast.engines.polyphase import conv_form
 from lmtfast.engines.step import Saved, Step
-from lmtfast.graph import Conv, Region, WeightRef
+from lmtfast.graph import Conv, Region, Shape, WeightRef
 from lmtfast.table import Stencil
 from lmtfast.weights import Weights
 
@@ -62,6 +62,15 @@ def state_size(region: Region) -> int:
     form = conv_form(region)
     assert form is not None
     return form.state_size(name)
+
+
+def saved_shapes(region: Region) -> tuple[Shape, ...]:
+    """Shapes of h, a, Y, sigma over the scale of Y, and the indicator of the group."""
+    form = conv_form(region)
+    assert form is not None
+    r = form.rank
+    y = (form.rows, form.taps * r)
+    return (math.prod(form.in_extent), r), (form.channels, r), y, (), (form.groups,)
 
 
 def _unpack(form: Stencil, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from lmtfast.graph import Region, WeightRef
+from lmtfast.graph import Region, Shape, WeightRef
 from lmtfast.weights import Weights
 
 Saved: TypeAlias = tuple[Tensor, ...]
@@ -33,6 +33,8 @@ class Engine(Protocol):
     def step(self, region: Region, weights: Weights, state: Tensor, *, update: bool) -> Step: ...
 
     def rescan(self, region: Region, weights: Weights, state: Tensor) -> Tensor: ...
+
+    def saved_shapes(self, region: Region) -> tuple[Shape, ...]: ...
 
     def vjp(
         self, region: Region, tensors: dict[WeightRef, Tensor], saved: Saved

@@ -32,7 +32,7 @@ from lmtfast.engines import polyphase
 from lmtfast.engines.frequency import improve, response_phases, scan_candidates
 from lmtfast.engines.polyphase import conv_form, polar, tap_table
 from lmtfast.engines.step import Saved, Step
-from lmtfast.graph import Region, WeightRef
+from lmtfast.graph import Region, Shape, WeightRef
 from lmtfast.table import CANDIDATES, Stencil
 from lmtfast.weights import Weights
 
@@ -67,6 +67,13 @@ def state_size(region: Region) -> int:
     form = conv_form(region)
     assert form is not None
     return form.state_size(name)
+
+
+def saved_shapes(region: Region) -> tuple[Shape, ...]:
+    """Shapes of u, z and the indicator of the winner's group."""
+    form = conv_form(region)
+    assert form is not None
+    return (form.rows, 2), (form.channels * form.taps, 2), (form.groups,)
 
 
 def _width(form: Stencil) -> int:
