@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lmtfast.backends.pair_norm import pair_norm_forward, pair_norm_vjp
+from lmtfast.custom_ops import register_plan
 from lmtfast.engines.network import spectral_step, spectral_vjp
 from lmtfast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from lmtfast.plan import BoundPlan
 
 
 def refuse_second_order(node: str) -> None:
@@ -112,3 +117,20 @@ class SpectralNorms(torch.autograd.Function):
         grad = grad_sigmas + grad_values @ jacobian
         wanted = ctx.needs_input_grad[3:]
         return (None, None, None, *spectral_vjp(ctx.plan, tensors, saved, rest, grad, wanted))
+
+
+def spectral_norms(
+    plan: BoundPlan, state: Tensor, update: bool, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sigmas ``(R,)``, composed bounds ``(2,)`` and new iterates, differentiable in ``tensors``.
+
+    While a graph is being compiled the step is an operator of torch, which tracing does not enter.
+    """
+    if torch.compiler.is_compiling():
+        name = register_plan(plan)
+        sigmas, values, _, iterates, _, _ = torch.ops.lmtfast.spectral_step(
+            list(tensors), state, name, update
+        )
+        return sigmas, values, iterates
+    found: tuple[Tensor, Tensor, Tensor] = SpectralNorms.apply(plan, state, update, *tensors)
+    return found

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -17,6 +17,26 @@ from lmtfast.verified.rounding import mul_up, prescale, times_power_of_two
 
 LEVELS = ("estimate", "probabilistic", "rigorous")
 Scalar: TypeAlias = "Tensor | float"
+
+
+class OperatorNorms(Mapping[str, Tensor]):
+    """Spectral norms by operator name; the entries of one tensor, taken when asked for."""
+
+    def __init__(self, names: Sequence[str], sigmas: Tensor) -> None:
+        self._index = {name: i for i, name in enumerate(names)}
+        self.sigmas = sigmas
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sigmas[self._index[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __repr__(self) -> str:
+        return f"OperatorNorms({dict(self)})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lmtfast.autograd import SpectralNorms
+from lmtfast.autograd import spectral_norms
 from lmtfast.backends import choose_backend
-from lmtfast.backends.reference import effective_weight
-from lmtfast.bound import LipschitzBound
+from lmtfast.backends.reference import Leaves, effective_weight
+from lmtfast.bound import LipschitzBound, OperatorNorms
 from lmtfast.engines import get_engine
 from lmtfast.engines.network import rescan_iterates
-from lmtfast.errors import ArgumentError, StalePlanError
-from lmtfast.graph import Linear, ParameterRef, Region
+from lmtfast.errors import ArgumentError
+from lmtfast.graph import BoundGraph, Linear, Region, leaf_refs
 from lmtfast.plan import BoundPlan, make_plan
+from lmtfast.reading import ModelReader
 from lmtfast.state import PowerState
 from lmtfast.tracing import trace_model
 from lmtfast.weights import Weights, named_tensors
@@ -84,21 +85,31 @@ class NetworkBound(nn.Module):
                 "'running' or 'batch'", repr(batch_norm), "NetworkBound(batch_norm=...)",
                 "use 'running' unless the bound must follow batch statistics",
             )  # fmt: skip
-        chosen = choose_backend(backend)
-        graph = trace_model(model, input_shape).graph
-        self.plan = make_plan(model, graph, engine=engine, backend=chosen)
-        # In a tuple, so that the model does not become a submodule and its weights not ours.
-        self._model = (model,)
-        self._batch_variance: dict[str, Tensor] | None = None
         tensors = [t for t in named_tensors(model).values() if t.is_floating_point()]
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         device = tensors[0].device if tensors else torch.device("cpu")
+        self._engine, self._backend = engine, backend
+        choose_backend(backend, device.type, dtype == torch.float64)  # refuses before tracing
+        graph = trace_model(model, input_shape).graph
+        # In a tuple, so that the model does not become a submodule and its weights not ours.
+        self._model = (model,)
+        self._batch_variance: dict[str, Tensor] | None = None
+        self._make_plan(graph, device, dtype)
         self.state = PowerState(self.plan.state_sizes, dtype=dtype, device=device)
         if not self.state.iterates.is_meta and not any(t.is_meta for t in tensors):
             self.converge(WARM_UP)
         # After the warm-up, which has no batch to take statistics from.
         if batch_norm == "batch":
             self._watch_batch_norms()
+
+    def _make_plan(self, graph: BoundGraph, device: torch.device, dtype: torch.dtype) -> None:
+        self._runs_on = (device.type, dtype)
+        name, reason = choose_backend(self._backend, device.type, dtype == torch.float64)
+        model = self._model[0]
+        self.plan = make_plan(
+            model, graph, engine=self._engine, backend=name, backend_reason=reason
+        )
+        self._reader = ModelReader(model, self.plan)
 
     def _watch_batch_norms(self) -> None:
         # Registered after tracing, so that the traced program does not contain the hooks.
@@ -113,37 +124,6 @@ class NetworkBound(nn.Module):
             hook = partial(_record_variance, self._batch_variance, ref.module)
             modules[ref.module].register_forward_pre_hook(hook)
 
-    def _weights(self) -> Weights:
-        model = self._model[0]
-        self.plan.check_fresh(model)
-        if self._batch_variance is not None:
-            wanted = {ref.module for ref in self.plan.batch_norms}
-            if missing := wanted - set(self._batch_variance):
-                raise StalePlanError(
-                    "batch statistics from a forward pass in training mode",
-                    f"none for {sorted(missing)[0]!r}", "NetworkBound(batch_norm='batch')",
-                    "call model(x) in training mode before calling the bound",
-                )  # fmt: skip
-        return Weights(
-            named_tensors(model),
-            dtype=self.state.iterates.dtype,
-            batch_variance=self._batch_variance,
-        )
-
-    def _tensors(self, weights: Weights) -> list[Tensor]:
-        """One tensor per slot; parameters in their own dtype, which a backend may read directly."""
-        variances = {
-            ref.variance: self._batch_variance[ref.module]
-            for ref in self.plan.batch_norms
-            if self._batch_variance is not None
-        }
-        return [
-            variances[ref] if ref in variances
-            else weights.tensors[ref.name] if isinstance(ref, ParameterRef)
-            else weights[ref]
-            for ref in self.plan.slots
-        ]  # fmt: skip
-
     def forward(self, update: bool = True) -> LipschitzBound:
         """Estimate the bound at the present weights.
 
@@ -157,27 +137,29 @@ class NetworkBound(nn.Module):
         Raises:
             StalePlanError: The model's structure changed since it was traced.
         """
-        with torch.autocast(self.state.iterates.device.type, enabled=False):
-            weights = self._weights()
-            tensors = self._tensors(weights)
-            sigmas, values, iterates = SpectralNorms.apply(
-                self.plan, self.state.iterates, update, *tensors
-            )
+        iterates = self.state.iterates
+        if (iterates.device.type, iterates.dtype) != self._runs_on:
+            # Moved since: the engines and the layout of the iterates stay, the backend may not.
+            self._make_plan(self.plan.graph, iterates.device, iterates.dtype)
+        plan = self.plan
+        with torch.autocast(iterates.device.type, enabled=False):
+            tensors = self._reader.tensors(iterates.dtype, self._batch_variance)
+            sigmas, values, new = spectral_norms(plan, iterates, update, tensors)
             if update:
-                self.state.advance(iterates)
+                self.state.advance(new)
             head_weight = None
-            head = self.plan.graph.head
-            if head is not None:
-                head_weight = head_matrix(self.plan, weights)
+            if plan.graph.head is not None:
+                refs = leaf_refs(plan.operators[plan.graph.head])
+                leaves = zip(plan.slots, tensors, strict=True)
+                head_weight = head_matrix(
+                    plan, Leaves({r: t.to(iterates.dtype) for r, t in leaves if r in refs})
+                )
         features, total = values.unbind()
-        names = [o.name for o in self.plan.operators]
         return LipschitzBound(
             total=total, features=features,
-            per_operator=dict(zip(names, sigmas.unbind(), strict=True)),
-            level="estimate", delta=1.0, slack=math.nan,
-            method="power iteration, " + "/".join(sorted(set(self.plan.engines))),
-            methods=dict(zip(names, self.plan.engines, strict=True)),
-            head_weight=head_weight, classes=class_count(self.plan),
+            per_operator=OperatorNorms(plan.names, sigmas),
+            level="estimate", delta=1.0, slack=math.nan, method=plan.method, methods=plan.methods,
+            head_weight=head_weight, classes=class_count(plan),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -188,7 +170,7 @@ class NetworkBound(nn.Module):
         rescan every few hundred steps finds that one. It costs many power steps and waits for the
         device.
         """
-        tensors = self._tensors(self._weights())
+        tensors = self._reader.tensors(self.state.iterates.dtype, self._batch_variance)
         self.state.advance(rescan_iterates(self.plan, self.state.iterates, tensors))
         return self(update=False)
 

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 from torch import nn
 
-from lmtfast.backends import backend_module
+from lmtfast.backends import steps
 from lmtfast.engines import ENGINES, choose_engine, get_engine
 from lmtfast.errors import StalePlanError
 from lmtfast.graph import (
@@ -50,6 +50,7 @@ class BoundPlan:
         reasons: Why that engine, per operator.
         state_sizes: Entries of the iterate, per operator.
         backend: Name of the backend.
+        backend_reason: Why that backend.
         signature: Modules and tensor shapes of the model when it was traced.
 
     Guarantee:
@@ -70,6 +71,7 @@ class BoundPlan:
     reasons: tuple[str, ...]
     state_sizes: tuple[int, ...]
     backend: str
+    backend_reason: str
     signature: Signature
 
     @property
@@ -80,6 +82,21 @@ class BoundPlan:
     def state_offsets(self) -> tuple[int, ...]:
         """Where each operator's iterate starts in the packed buffer, and the buffer's end."""
         return (0, *accumulate(self.state_sizes))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Name of every operator."""
+        return tuple(operator.name for operator in self.operators)
+
+    @cached_property
+    def methods(self) -> Mapping[str, str]:
+        """Engine by operator name."""
+        return dict(zip(self.names, self.engines, strict=True))
+
+    @cached_property
+    def method(self) -> str:
+        """One line: how the norms are estimated."""
+        return "power iteration, " + "/".join(sorted(set(self.engines)))
 
     @cached_property
     def batch_norms(self) -> tuple[BatchNormScale, ...]:
@@ -132,7 +149,7 @@ class BoundPlan:
         head = "none" if self.graph.head is None else self.operators[self.graph.head].name
         lines.append(
             f"{len(self.operators)} operators in {self.table.n_buckets} buckets; head: {head}; "
-            f"backend: {self.backend}; input {self.graph.input_shape}; "
+            f"backend: {self.backend} ({self.backend_reason}); input {self.graph.input_shape}; "
             f"fingerprint {self.fingerprint[:12]}"
         )
         return "\n".join(lines)
@@ -154,7 +171,14 @@ def _rule(operator: Operator) -> str:
     return " + ".join(parts)
 
 
-def make_plan(model: nn.Module, graph: BoundGraph, *, engine: str, backend: str) -> BoundPlan:
+def make_plan(
+    model: nn.Module,
+    graph: BoundGraph,
+    *,
+    engine: str,
+    backend: str,
+    backend_reason: str = "as requested",
+) -> BoundPlan:
     """Collect the weights, build the table and choose an engine per operator."""
     slots: dict[WeightRef, int] = {}
     for operator in graph.operators:
@@ -173,11 +197,12 @@ def make_plan(model: nn.Module, graph: BoundGraph, *, engine: str, backend: str)
     ]
     table = build_table(
         graph.operators, graph.tape, (graph.features, graph.total), slots=slots, engines=engines,
-        state_sizes=sizes, compiled=getattr(backend_module(backend), "STEPS", frozenset()),
+        state_sizes=sizes, compiled=steps(backend),
     )  # fmt: skip
     return BoundPlan(
-        graph, tuple(slots), table, engines, reasons, tuple(sizes), backend, model_signature(model)
-    )
+        graph, tuple(slots), table, engines, reasons, tuple(sizes), backend, backend_reason,
+        model_signature(model),
+    )  # fmt: skip
 
 
 def trace(model: nn.Module, input_shape: Sequence[int]) -> BoundPlan:
@@ -215,5 +240,6 @@ def trace(model: nn.Module, input_shape: Sequence[int]) -> BoundPlan:
         conv
     """
     return make_plan(
-        model, trace_model(model, input_shape).graph, engine="auto", backend="reference"
-    )
+        model, trace_model(model, input_shape).graph, engine="auto", backend="reference",
+        backend_reason="a plan without a bound",
+    )  # fmt: skip

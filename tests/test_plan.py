@@ -25,15 +25,15 @@ def block() -> tuple[nn.Module, lf.BoundPlan]:
 
 
 GOLDEN = """\
-region        kind    in     out    bucket  engine         rule
-0.bn1         scale   2x4x4  2x4x4  0       closed form    scale
-0.conv1       conv    2x4x4  3x2x2  1       operator       conv + row scale
-0.conv2       conv    3x2x2  3x2x2  2       operator       conv
-0.shortcut    conv    2x4x4  3x2x2  3       operator       conv
-2             linear  12     2      4       operator       linear
-0             relu                                         1
-0             relu                                         1
-5 operators in 5 buckets; head: 2; backend: reference; input (2, 4, 4); fingerprint """
+region        kind    in     out    bucket  engine         backend    rule
+0.bn1         scale   2x4x4  2x4x4  0       closed form    reference  scale
+0.conv1       conv    2x4x4  3x2x2  1       operator       reference  conv + row scale
+0.conv2       conv    3x2x2  3x2x2  2       operator       reference  conv
+0.shortcut    conv    2x4x4  3x2x2  3       operator       reference  conv
+2             linear  12     2      4       operator       reference  linear
+0             relu                                                    1
+0             relu                                                    1
+5 operators in 5 buckets; head: 2; backend: reference (a plan without a bound); input (2, 4, 4); """
 
 
 def test_a_printed_plan_documents_the_network(block: tuple[nn.Module, lf.BoundPlan]) -> None:

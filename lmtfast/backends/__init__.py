@@ -89,12 +89,39 @@ def available_backends() -> dict[str, BackendStatus]:
     return report
 
 
-def choose_backend(requested: str | None) -> str:
-    """Name of the backend that runs the power steps; a requested one never falls back."""
+# Backends in order of preference where none is asked for, by type of device.
+AUTOMATIC = {"cpu": ("native",), "cuda": ("cuda", "triton")}
+
+
+def choose_backend(requested: str | None, device: str, double: bool) -> tuple[str, str]:
+    """Name of the backend that runs the power steps, and why; a requested one never falls back.
+
+    Args:
+        requested: Name of a registered backend, or None.
+        device: Type of the device the weights are on.
+        double: Whether the iterates are float64, which only the reference runs.
+    """
     if requested is None:
-        return "reference"
-    providing(requested, "matvec", "the power steps")
-    return requested
+        for name in AUTOMATIC.get(device, ()):
+            if name in _REGISTRY and not double and _REGISTRY[name].probe()[0] and steps(name):
+                return name, f"first that runs on {device}"
+        return "reference", "float64 weights" if double else f"no compiled one runs on {device}"
+    info = _REGISTRY.get(requested)
+    module = None
+    if info is None or not info.probe()[0] or not steps(requested):
+        module = providing(requested, "matvec", "the power steps")
+    if double and module is None:
+        raise BackendUnavailableError(
+            "float32, bfloat16 or float16 weights", f"float64, which {requested!r} does not run",
+            "backend", "drop backend= to have one chosen, or ask for 'reference'",
+        )  # fmt: skip
+    return requested, "as requested"
+
+
+def steps(name: str) -> frozenset[str]:
+    """Engines that a backend runs for all operators in one call."""
+    found: frozenset[str] = getattr(backend_module(name), "STEPS", frozenset())
+    return found
 
 
 def providing(requested: str, function: str, purpose: str) -> ModuleType:
@@ -130,6 +157,13 @@ def _native() -> tuple[bool, str]:
     return importlib.import_module("lmtfast.backends.native").available()
 
 
+def _triton() -> tuple[bool, str]:
+    reason = importlib.import_module("lmtfast.kernels").unavailable_reason()
+    if reason is not None:
+        return False, reason
+    return importlib.import_module("lmtfast.backends.triton").available()
+
+
 register_backend(
     "reference", module="lmtfast.backends.reference", provides="everything, plain PyTorch",
     probe=_reference,
@@ -137,4 +171,8 @@ register_backend(
 register_backend(
     "native", module="lmtfast.backends.native", provides="margin cross-entropy on the CPU",
     probe=_native,
+)  # fmt: skip
+register_backend(
+    "triton", module="lmtfast.backends.triton",
+    provides="margin losses and pair norms on NVIDIA GPUs", probe=_triton,
 )  # fmt: skip

@@ -24,7 +24,7 @@ SEPARABLE_MAX_POSITIONS = 400
 
 
 def get_engine(name: str, backend: str = "reference") -> Engine:
-    """The engine called ``name``; ``operator`` with the functions of ``backend``, if it has them."""
+    """The engine called ``name``; ``operator`` calls the backend's functions, if it has them."""
     if name not in ENGINES:
         raise ArgumentError(
             f"an engine, one of {', '.join(('auto', *ENGINES))}", repr(name), "engine",

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Reads the tensors of a plan from a live model, and notices when its structure has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmtfast.errors import StalePlanError
+from lmtfast.graph import ParameterRef, WeightRef
+from lmtfast.plan import BoundPlan
+from lmtfast.weights import Weights, named_tensors
+
+
+class ModelReader:
+    """The tensors of a plan's slots, as they are now.
+
+    The structure is compared at every call: first by identity of the modules and shapes of their
+    tensors, which costs microseconds, and by name and class only where that differs.
+
+    Args:
+        model: The model that was traced.
+        plan: What was traced.
+    """
+
+    def __init__(self, model: nn.Module, plan: BoundPlan) -> None:
+        self.model, self.plan = model, plan
+        self._remember()
+
+    def _remember(self) -> None:
+        self.plan.check_fresh(self.model)
+        modules = list(self.model.modules())
+        self._modules = [(m, type(m), tuple(m._modules.values())) for m in modules]
+        self._shapes: list[tuple[dict[str, Any], tuple[tuple[str, torch.Size], ...]]] = []
+        for m in modules:
+            for store in (m._parameters, m._buffers):
+                shapes = tuple((n, t.shape) for n, t in store.items() if t is not None)
+                if shapes:
+                    self._shapes.append((store, shapes))
+        self._stores = [
+            self._store(ref.name) if isinstance(ref, ParameterRef) else None
+            for ref in self.plan.slots
+        ]
+        self._variances = {ref.variance: ref.module for ref in self.plan.batch_norms}
+
+    def _store(self, name: str) -> tuple[dict[str, Any], str]:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        return (module._parameters if leaf in module._parameters else module._buffers), leaf
+
+    def _unchanged(self) -> bool:
+        for module, kind, children in self._modules:
+            if type(module) is not kind or tuple(module._modules.values()) != children:
+                return False
+        for store, shapes in self._shapes:
+            for name, shape in shapes:
+                tensor = store.get(name)
+                if tensor is None or tensor.shape != shape:
+                    return False
+        return True
+
+    def tensors(
+        self, dtype: torch.dtype, batch_variance: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """One tensor per slot; parameters in their own dtype, computed ones in ``dtype``.
+
+        Args:
+            dtype: Of tensors that are computed from parameters.
+            batch_variance: Variances to take the place of running ones, by batch norm.
+
+        Raises:
+            StalePlanError: The structure is no longer the traced one, or the latest batch's
+                variance of a batch norm is missing.
+        """
+        # A compiled graph has the structure it was compiled for: its guards look after that.
+        if not torch.compiler.is_compiling() and not self._unchanged():
+            self._remember()
+        variances: dict[WeightRef, Tensor] = {}
+        if batch_variance is not None:
+            missing = sorted(set(self._variances.values()) - set(batch_variance))
+            if missing:
+                raise StalePlanError(
+                    "batch statistics from a forward pass in training mode",
+                    f"none for {missing[0]!r}", "NetworkBound(batch_norm='batch')",
+                    "call model(x) in training mode before calling the bound",
+                )  # fmt: skip
+            variances = {ref: batch_variance[name] for ref, name in self._variances.items()}
+        weights = None
+        tensors = []
+        for ref, place in zip(self.plan.slots, self._stores, strict=True):
+            if ref in variances:
+                tensors.append(variances[ref])
+            elif place is not None:
+                tensors.append(place[0][place[1]])
+            else:
+                weights = weights or Weights(
+                    named_tensors(self.model), dtype=dtype, batch_variance=batch_variance
+                )
+                tensors.append(weights[ref])
+        return tensors
