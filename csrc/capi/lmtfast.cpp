@@ -38,10 +38,6 @@ void require_buffer(const void* pointer, int64_t extent, const char* name) {
 
 }  // namespace
 
-int64_t lmtfast_abi_version(void) { return LMTFAST_ABI_VERSION; }
-
-const char* lmtfast_last_error(void) { return lmtfast::last_error(); }
-
 lmtfast_status lmtfast_margin_cross_entropy_forward(const lmtfast_margin_cross_entropy* problem,
                                                     void* loss, void* dlogits, void* scale) {
   return lmtfast::guarded([&] {

@@ -33,6 +33,9 @@ lmtfast_status record_current_exception() noexcept {
   } catch (const std::bad_alloc&) {
     set_message("out of memory for scratch buffers");
     return LMTFAST_OUT_OF_MEMORY;
+  } catch (const DeviceError& error) {
+    set_message(error.what());
+    return LMTFAST_DEVICE_ERROR;
   } catch (const std::exception& error) {
     set_message(error.what());
     return LMTFAST_INTERNAL_ERROR;

@@ -16,6 +16,12 @@ class InvalidArgument : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// The CUDA runtime reports an error, or this build or machine has none.
+class DeviceError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // Message in the house order: expected, got, where.
 [[noreturn]] void throw_invalid(const std::string& expected, int64_t got, const std::string& where);
 

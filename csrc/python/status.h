@@ -21,6 +21,7 @@ inline void raise_unless_ok(lmtfast_status status) {
   throw std::runtime_error(lmtfast_last_error());
 }
 
+void bind_cuda(pybind11::module_& m);
 void bind_spectral(pybind11::module_& m);
 
 }  // namespace lmtfast::python

@@ -33,7 +33,8 @@ typedef enum lmtfast_status {
   LMTFAST_OK = 0,
   LMTFAST_INVALID_ARGUMENT = 1,
   LMTFAST_OUT_OF_MEMORY = 2,
-  LMTFAST_INTERNAL_ERROR = 3
+  LMTFAST_INTERNAL_ERROR = 3,
+  LMTFAST_DEVICE_ERROR = 4
 } lmtfast_status;
 
 typedef enum lmtfast_dtype {
@@ -210,5 +211,7 @@ LMTFAST_API lmtfast_status lmtfast_margin_cross_entropy_backward(
 #ifdef __cplusplus
 } /* extern "C" */
 #endif
+
+#include "lmtfast/cuda.h"
 
 #endif /* LMTFAST_LMTFAST_H_ */

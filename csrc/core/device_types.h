@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+// Types of the CUDA interface that need no CUDA header.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LMTFAST_HD __host__ __device__ inline
+#else
+#define LMTFAST_HD inline
+#endif
+
+namespace lmtfast::cuda {
+
+// A cudaStream_t; null is the default stream.
+using Stream = void*;
+
+// A 16-bit float with the exponent of a float32. Conversion rounds to the nearest even.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+LMTFAST_HD float widen(float x) { return x; }
+LMTFAST_HD double widen(double x) { return x; }
+LMTFAST_HD float widen(bfloat16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+LMTFAST_HD void narrow(float x, float& y) { y = x; }
+LMTFAST_HD void narrow(double x, double& y) { y = x; }
+LMTFAST_HD void narrow(float x, bfloat16& y) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  // A NaN whose mantissa is cut off must not become an infinity.
+  const uint32_t rounded = x != x ? bits | 0x400000u : bits + 0x7FFFu + (bits >> 16 & 1u);
+  y.bits = static_cast<uint16_t>(rounded >> 16);
+}
+
+// The type that values of T are computed in.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+}  // namespace lmtfast::cuda

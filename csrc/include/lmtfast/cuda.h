@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT */
+/* C ABI of lmtfast on NVIDIA GPUs, included by lmtfast.h.
+ *
+ * Rules beside those of lmtfast.h:
+ *  - pointers to buffers are device pointers of the calling thread's current device, unless a
+ *    comment says host; the structs themselves are read on the host, during the call;
+ *  - `stream` is a cudaStream_t, NULL the default stream. A call enqueues kernels and returns: it
+ *    never waits, allocates or copies, so it may be captured in a CUDA graph;
+ *  - what the host can see is validated before the first launch. Targets and indices in device
+ *    memory are not: one out of range gives NaN, never an access out of bounds;
+ *  - results do not depend on the order in which blocks run: no atomics on floats;
+ *  - a build without CUDA has these functions too: they return LMTFAST_DEVICE_ERROR and say so.
+ */
+#ifndef LMTFAST_CUDA_H_
+#define LMTFAST_CUDA_H_
+
+#include "lmtfast/lmtfast.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Compute capability, major times ten plus minor, of a device; LMTFAST_DEVICE_ERROR where there is
+ * none, or no driver, or no CUDA in this build. */
+LMTFAST_API lmtfast_status lmtfast_cuda_capability(int64_t device, int64_t* capability);
+
+/* As lmtfast_margin_cross_entropy_forward, also for bfloat16 logits: rows, coefficient, loss,
+ * dlogits and scale are then float32. num_threads is ignored. */
+LMTFAST_API lmtfast_status
+lmtfast_cuda_margin_cross_entropy_forward(const lmtfast_margin_cross_entropy* problem, void* loss,
+                                          void* dlogits, void* scale, void* stream);
+
+/* Entries of the int32 workspace that the backward call needs. */
+LMTFAST_API int64_t lmtfast_cuda_margin_cross_entropy_workspace(int64_t n, int64_t u);
+
+/* As lmtfast_margin_cross_entropy_backward; grad_logits is of the logits' dtype, everything else of
+ * the dtype of the loss, and grad_logits must not be dlogits. */
+LMTFAST_API lmtfast_status lmtfast_cuda_margin_cross_entropy_backward(
+    const lmtfast_margin_cross_entropy* problem, const void* grad_loss, const void* dlogits,
+    const void* scale, void* grad_logits, void* grad_rows, void* grad_coefficient,
+    int32_t* workspace, void* stream);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* LMTFAST_CUDA_H_ */
