@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,6 +16,15 @@ import torch
 
 from lmtfast import backends
 from lmtfast.rules import MODULE_RULES, OPERATION_RULES
+
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when it is first
+# imported, which none of the imports above do; a test that compiles kernels runs a subprocess
+# with COMPILING as its environment.
+COMPILING = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+assert "triton" not in sys.modules, "triton was imported before its interpreter was chosen"
 
 SEED = 20180212
 # The suite runs one process per core (make pytest), so each takes one thread.
