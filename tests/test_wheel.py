@@ -29,7 +29,7 @@ home = Path(sys.prefix).resolve()
 for module in (lmtfast, core, lmtfast.kernels):
     assert home in Path(module.__file__).resolve().parents, module.__file__
 assert lmtfast.kernels.__name__ == "lmtfast.kernels"
-assert core.ABI_VERSION == 1
+assert core.ABI_VERSION == 2
 assert "torch" not in sys.modules, "the core must load without torch"
 
 import torch

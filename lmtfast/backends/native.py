@@ -18,8 +18,8 @@ except ImportError as error:
     _C = None
     _unavailable = f"the compiled core cannot be loaded: {error}"
 else:
-    if _C.ABI_VERSION != 1:
-        _unavailable = f"the compiled core has ABI version {_C.ABI_VERSION}, this package needs 1"
+    if _C.ABI_VERSION != 2:
+        _unavailable = f"the compiled core has ABI version {_C.ABI_VERSION}, this package needs 2"
 
 MEMBERS = {"lmt": 0, "lmt++": 1, "emma": 2, "gloro": 3}
 DTYPES = {torch.float32: 0, torch.float64: 1}
