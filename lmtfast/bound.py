@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,9 +22,8 @@ Scalar: TypeAlias = "Tensor | float"
 class OperatorNorms(Mapping[str, Tensor]):
     """Spectral norms by operator name; the entries of one tensor, taken when asked for."""
 
-    def __init__(self, names: Sequence[str], sigmas: Tensor) -> None:
-        self._index = {name: i for i, name in enumerate(names)}
-        self.sigmas = sigmas
+    def __init__(self, index: Mapping[str, int], sigmas: Tensor) -> None:
+        self._index, self.sigmas = index, sigmas
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sigmas[self._index[name]]
@@ -128,8 +127,8 @@ def pair_norms_up(weight: Tensor, classes: Tensor, row_error: Tensor | None = No
     """
     features = weight.shape[1]
     norms = torch.zeros(classes.numel(), weight.shape[0], dtype=torch.float64)
-    # fl(a - b) = (a - b)(1 + d); D squares and sums and a root: at most D + 8 roundings of 2^-53
-    # each, doubled to cover the inflation's own.
+    # fl(a - b) = (a - b)(1 + d); a square, D sums and a faithful root that counts twice: at most
+    # D + 8 roundings of 2^-53 each, doubled to cover the inflation's own.
     growth = 1.0 + (features + 8) * 2.0**-52
     for i, c in enumerate(classes.tolist()):
         difference = weight - weight[c]

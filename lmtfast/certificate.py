@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MAX_FILE_BYTES = 1 << 32
 ASSUMPTIONS = (
-    "A1: IEEE 754 binary64, round to nearest, gradual underflow (tested before every run)",
+    "A1: IEEE 754 binary64 sums, products and quotients, round to nearest, gradual underflow; "
+    "square roots within one unit in the last place (tested before every run)",
     "A2: matrix products and convolutions in float64 sum products in some order",
     "A3: no memory corruption",
     "A4: Python, PyTorch and the drivers run as written",

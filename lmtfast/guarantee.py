@@ -37,7 +37,7 @@ from lmtfast.verified.region import (
     product_error_up,
     weight_roundings,
 )  # fmt: skip
-from lmtfast.verified.rounding import gamma_up, next_up
+from lmtfast.verified.rounding import frobenius_up, gamma_up, next_up
 from lmtfast.weights import Weights, named_tensors
 
 DELTA = 2.0**-100
@@ -215,7 +215,9 @@ def _head(plan: BoundPlan, weights: Weights) -> tuple[Tensor | None, Tensor | No
     positive, sizes = absolute(region, weights)
     assert isinstance(positive.primitive, Linear)
     majorant = effective_weight(positive.primitive, sizes)
-    error = gamma_up(2 * count + matrix.shape[1]) * majorant.square().sum(1).sqrt() * (1 + 2.0**-20)
+    lengths = torch.tensor([frobenius_up(row) for row in majorant], dtype=torch.float64)
+    # The factor covers the roundings of the majorant and of this line.
+    error = gamma_up(2 * count + matrix.shape[1]) * lengths * (1 + 2.0**-20)
     return matrix, error.clamp_min(next_up(0.0))
 
 

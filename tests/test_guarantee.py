@@ -188,3 +188,19 @@ def test_pairs_are_rounded_up() -> None:
             exact = sum(((a - b) ** 2 for a, b in zip(rows[i], rows[j], strict=True)), Fraction())
             assert Fraction(pairs[i][j]) ** 2 >= exact
     assert all(pairs[i][i] == 0.0 for i in range(40))
+
+
+@pytest.mark.parametrize("exponent", [0, -600])
+def test_rounding_of_folded_head_rows_is_bounded_at_every_scale(exponent: int) -> None:
+    torch.manual_seed(1)
+    norm = nn.BatchNorm1d(3)
+    layers = (nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), norm)
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        norm.weight.uniform_(1.0, 2.0).mul_(2.0**exponent)
+    bound = lf.certified_bound(model, (4,))
+    assert bound.head_weight is not None
+    assert bound.head_row_error is not None
+    for row, error in zip(bound.head_weight.tolist(), bound.head_row_error.tolist(), strict=True):
+        # A gain goes through four roundings, the folded entry through one more.
+        assert error >= 5 * 2.0**-53 * math.hypot(*row) > 0.0

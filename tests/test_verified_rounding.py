@@ -227,3 +227,121 @@ def test_self_test_detects_other_rounding_modes(mode: int) -> None:
     finally:
         libm.fesetround(0)
     rounding.self_test()
+
+
+def roots_are_faithful(radicands: torch.Tensor) -> bool:
+    """Whether ``torch.sqrt`` gives one of the two floats around every exact root."""
+    roots = torch.sqrt(radicands).tolist()
+    return all(
+        rounding.sqrt_down(x) <= root <= rounding.sqrt_up(x)
+        for x, root in zip(radicands.tolist(), roots, strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_roots_in_float64_are_faithful_on_this_machine(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    random = np.ldexp(rng.uniform(1.0, 2.0, 2000), rng.integers(-1070, 1020, 2000))
+    # Neighbours of squares: roots next to a float, or next to the middle between two.
+    near = (1.0 + rng.integers(0, 1 << 26, 1000) * 2.0**-26) ** 2
+    sides = [near, np.nextafter(near, 0.0), np.nextafter(near, 4.0), np.nextafter(near, 4.0) * 2]
+    radicands = torch.from_numpy(np.concatenate([random, *sides]))
+    assert roots_are_faithful(radicands)
+    assert roots_are_faithful(radicands[::3])
+    for single in radicands[:8]:
+        assert roots_are_faithful(single.reshape(1))
+
+
+def shifted(steps: int):
+    """A root that is ``steps`` floats away from torch's."""
+    genuine = torch.sqrt
+
+    def root(x: torch.Tensor) -> torch.Tensor:
+        result = genuine(x)
+        for _ in range(abs(steps)):
+            result = torch.nextafter(result, torch.full_like(result, math.copysign(2e300, steps)))
+        return result
+
+    return root
+
+
+def estimated(x: torch.Tensor) -> torch.Tensor:
+    """A float32 root improved by one Newton step: off by a few units."""
+    start = x.float().sqrt().double()
+    return 0.5 * (start + x / start)
+
+
+@pytest.mark.parametrize(
+    "root", [shifted(1), shifted(-1), shifted(2), estimated, lambda x: x.float().sqrt().double()]
+)
+def test_self_test_refuses_roots_that_are_not_faithful(
+    monkeypatch: pytest.MonkeyPatch, root
+) -> None:
+    # One step away leaves many roots faithful, but not those of squares.
+    monkeypatch.setattr(torch, "sqrt", root)
+    with pytest.raises(NotCertifiedError, match="square roots"):
+        rounding.self_test()
+
+
+@pytest.mark.parametrize("side", ["sqrt_up", "sqrt_down"])
+def test_self_test_accepts_every_faithful_root(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    exact = getattr(rounding, side)
+
+    def root(x: torch.Tensor) -> torch.Tensor:
+        values = [exact(v) for v in x.reshape(-1).tolist()]
+        return torch.tensor(values, dtype=x.dtype).reshape(x.shape)
+
+    monkeypatch.setattr(torch, "sqrt", root)
+    rounding.self_test()
+
+
+@pytest.mark.parametrize("name", ["__truediv__", "reciprocal"])
+def test_self_test_refuses_quotients_that_are_not_rounded_to_nearest(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    genuine = getattr(torch.Tensor, name)
+
+    def off(self: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
+        result = genuine(self, *other)
+        inexact = result * (other[0] if other else self) != 1.0
+        moved = torch.nextafter(result, torch.zeros_like(result))
+        return torch.where(inexact, moved, result)
+
+    monkeypatch.setattr(torch.Tensor, name, off)
+    with pytest.raises(NotCertifiedError, match="quotients|reciprocals|division"):
+        rounding.self_test()
+
+
+@pytest.fixture(params=["sqrt_up", "sqrt_down"])
+def worst_roots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roots that are faithful and always on one side."""
+    exact = getattr(rounding, request.param)
+
+    def root(x: torch.Tensor) -> torch.Tensor:
+        values = [exact(v) for v in x.reshape(-1).tolist()]
+        return torch.tensor(values, dtype=x.dtype).reshape(x.shape)
+
+    monkeypatch.setattr(torch, "sqrt", root)
+    monkeypatch.setattr(torch.Tensor, "sqrt", root)
+
+
+@pytest.mark.parametrize("exponent", [-520, 0, 300])
+def test_lengths_stay_upper_bounds_with_the_worst_faithful_roots(
+    worst_roots: None, exponent: int
+) -> None:
+    from lmtfast.bound import pair_norms_up
+    from lmtfast.enclosure.registry import length_up
+    from lmtfast.verified.matrix import row_column_up
+
+    generator = torch.Generator().manual_seed(exponent)
+    entries = torch.rand((40, 2), dtype=torch.float64, generator=generator) * 2.0**exponent
+    for row, bound in zip(entries.tolist(), length_up(entries).tolist(), strict=True):
+        assert Fraction(bound) ** 2 >= sum(Fraction(v) ** 2 for v in row)
+    norms = pair_norms_up(entries, torch.tensor([0]))[0]
+    for row, bound in zip(entries.tolist(), norms.tolist(), strict=True):
+        gaps = zip(row, entries[0].tolist(), strict=True)
+        square = sum((Fraction(a) - Fraction(b)) ** 2 for a, b in gaps)
+        assert Fraction(bound) ** 2 >= square
+    for real, imag in entries.tolist():
+        parts = (torch.full((1, 1, 1), v, dtype=torch.float64) for v in (real, imag))
+        assert Fraction(row_column_up(*parts)) ** 2 >= Fraction(real) ** 2 + Fraction(imag) ** 2

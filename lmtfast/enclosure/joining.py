@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def _broadcast(call: ErrorCall, item: Enclosed, value: Tensor) -> Tensor:
     """Length of the carried error, times the root of how often broadcasting repeats an entry."""
     copies = max(1, value[:1].numel() // max(1, item.value[:1].numel()))
     carried = call.carried(item)
-    return carried if copies == 1 else outward(carried * float(copies) ** 0.5)
+    return carried if copies == 1 else outward(carried * math.sqrt(copies))
 
 
 def _same_base(call: ErrorCall, item: Enclosed) -> bool:
@@ -71,10 +72,7 @@ def cat(call: ErrorCall) -> Enclosed:
 
 
 def _root_of_squares(lengths: list[Tensor]) -> Tensor:
-    total = lengths[0]
-    for length in lengths[1:]:
-        total = outward(torch.hypot(total, length))
-    return total
+    return lengths[0] if len(lengths) == 1 else length_up(torch.stack(lengths, 1))
 
 
 @error_rule("aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other")
@@ -91,5 +89,5 @@ def extremum(call: ErrorCall) -> Enclosed:
     for item in traced:
         copies = max(1, value[:1].numel() // max(1, item.value[:1].numel()))
         whole = length_up(item.local) + call.carried(item)
-        lengths.append(outward(whole * float(copies) ** 0.5))
+        lengths.append(outward(whole * math.sqrt(copies)))
     return Enclosed(value, torch.zeros_like(value), _root_of_squares(lengths))

@@ -79,7 +79,8 @@ def batch_norm(call: ErrorCall) -> Any:
     shifted = x - mean
     scaled = shifted * gain
     value = scaled if bias is None else scaled + bias.reshape(shape)
-    # The gain went through three roundings, the difference, the product and the sum one each.
+    # The gain went through four roundings (a sum, a faithful root that counts twice, a quotient),
+    # the difference, the product and the sum one each.
     own = rounded(scaled, 8.0) + rounded(value) + gain.abs() * (shifted.abs() * 2 * UNIT_ROUNDOFF)
     local = outward(gain.abs() * source.local + own)
     result = call.linear(value, local)

@@ -45,8 +45,8 @@ class Enclosed:
 def length_up(errors: Tensor) -> Tensor:
     """Upper bound on the L2 length of every sample's entries. ``(N, ...)`` to ``(N,)``."""
     flat = errors.reshape(errors.shape[0], -1)
-    # n squares, at most n additions, a root: n + 2 roundings, doubled; lost squares are below
-    # 2^-1022.
+    # A square, at most n additions, a faithful root that counts twice: n + 3 roundings, and three
+    # more of this line, all doubled; lost squares are below 2^-1022.
     growth = 1.0 + (flat.shape[1] + 16) * 2.0**-52
     return flat.square().sum(1).sqrt() * growth + (flat.shape[1] + 1) * 2.0**-500
 

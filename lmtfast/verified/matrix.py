@@ -71,11 +71,11 @@ def row_column_up(real: torch.Tensor, imag: torch.Tensor | None = None) -> float
     Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, equation (6.19).
     """
     m, n = real.shape[-2:]
-    # Complex moduli: three roundings, and squares that underflow add at most sqrt(2 UNDERFLOW) to
-    # each.
+    # Complex moduli: a square, a sum, and a faithful root, which counts twice; squares that
+    # underflow add at most sqrt(2 UNDERFLOW) to each.
     size, extra, lost = real.abs(), 0, 0.0
     if imag is not None:
-        size, extra, lost = (real.square() + imag.square()).sqrt(), 3, 2.0**-499
+        size, extra, lost = (real.square() + imag.square()).sqrt(), 4, 2.0**-499
     depth = m + n + extra
     columns = add_up(inflate(float(size.sum(-2).amax()), depth, m), m * lost)
     rows = add_up(inflate(float(size.sum(-1).amax()), depth, n), n * lost)

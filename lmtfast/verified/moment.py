@@ -18,7 +18,8 @@ from lmtfast.verified.rounding import ensure_arithmetic, times_power_of_two
 PRODUCT_ERROR = 2.0**-35
 # The vector drawn differs from an exactly normal one coupled to it by at most this times its own
 # norm: radius and angle of every Box-Muller pair are good to 2^-49 if the logarithm, sine and
-# cosine are good to four units.
+# cosine are good to four units and the root to one (half the logarithm's 8u, the root's 2u, the
+# product's u: 7u < 2^-50).
 _DRAW_ERROR = 2.0**-45
 _SMALLEST_SHARE = 2.0**-30  # smallest failure probability asked of a single probe
 _OUTWARD = (

@@ -58,7 +58,8 @@ METHODS = ("auto", "dense", "torus")
 # A Gram of this order takes about a minute on two cores, and its matrix at most one gigabyte.
 DENSE_ORDER = 4096
 DENSE_ENTRIES = 1 << 27
-# Roundings a scale may have gone through: batch norm (add, root, divide), reciprocal, cast, gain.
+# Roundings a scale may have gone through, seven: batch norm (add, a root that counts twice,
+# divide), reciprocal, cast, gain.
 SCALE_ROUNDINGS = 8
 # Products of weights must stay clear of the underflow threshold 2^-1022 and of overflow.
 SAFE_EXPONENT = 900

@@ -6,8 +6,9 @@ The scalar helpers form the exact rational result in Python integers and round t
 asked direction. They therefore need no assumption about the processor's rounding mode. Operands
 stand for themselves; an operand of plus infinity stands for "no upper bound known", a result of
 plus infinity is a valid upper bound, and a NaN raises. The tensor helpers assume IEEE 754 binary64,
-round to nearest, gradual underflow, sums and products in any order; :func:`self_test` looks for
-processors and processes where that does not hold.
+round to nearest, gradual underflow, sums and products in any order, and faithful square roots
+(ADR 0014: a root counts as two roundings); :func:`self_test` looks for processors and processes
+where that does not hold.
 """
 
 from __future__ import annotations
