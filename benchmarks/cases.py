@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""What is timed, as data: one row per case, and the least work each needs.
+
+A new case is a row of ``CASES``; a new implementation, a row of ``providers.PROVIDERS``; a new
+operation, a problem in ``problems.PROBLEMS`` and a branch of ``work``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.problems import BoundProblem, LossProblem
+from benchmarks.providers import BACKENDS, ENGINES
+
+# Columns of the real product of a symbol or separable step: candidates or patterns of an operator.
+COLUMNS = 8
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    Attributes:
+        op: Key of ``problems.PROBLEMS``.
+        shape: Name of a network, or ``N x K x D``.
+        modes: ``forward`` (no gradient) and ``gradient`` (forward and backward).
+        providers: Names from ``providers.PROVIDERS``; the first is what ratios are taken to.
+        suites: Where it runs: ``cpu``, ``gpu``, ``quick``.
+        memory: Whether the extra peak memory of a gradient step is measured.
+        share: Part of the time of a run that the case's samples may take, relative to the others.
+    """
+
+    op: str
+    shape: str
+    modes: tuple[str, ...]
+    providers: tuple[str, ...]
+    suites: tuple[str, ...]
+    memory: bool = False
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape}"
+
+
+def _library(*engines: str) -> tuple[str, ...]:
+    return tuple(f"lmtfast {engine} ({backend})" for engine in engines for backend in BACKENDS)
+
+
+BOTH = ("forward", "gradient")
+PEERS = (
+    "per layer", "per layer, compiled", "LiResNet, 10 iterations", "LiResNet, 1 iteration",
+    "GloRo, 5 iterations", "torch spectral_norm",
+)  # fmt: skip
+PLAIN = ("plain, K x K Gram", "plain, N x K Gram rows", "plain, (N, K, D) differences")
+LOSSES = (*PLAIN, *(f"lmtfast ({backend})" for backend in BACKENDS))
+
+CASES = (
+    # The bound step of whole networks, every engine and peer.
+    Case("bound", "wrn-10-1", BOTH, (*PEERS, "Gram iteration", *_library(*ENGINES)), ("quick",)),
+    Case("bound", "wrn-16-4", BOTH, (*PEERS, "Gram iteration", *_library(*ENGINES)),
+         ("cpu", "gpu")),
+    Case("bound", "wrn-28-10", BOTH, (*PEERS, *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),
+    Case("bound", "resnet-14", BOTH, ("per layer", *_library("auto")), ("quick",)),
+    Case("bound", "resnet-50", BOTH, (*PEERS, *_library(*ENGINES)), ("cpu", "gpu"), share=2.0),
+    Case("bound", "l2w8", BOTH, ("LiResNet, 10 iterations", "LiResNet, 10 iterations, compiled",
+                                 *_library("symbol")), ("quick",)),
+    Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations",
+         "LiResNet, 10 iterations, compiled", "LiResNet, 1 iteration", "per layer",
+         *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),
+    # Cost against image size.
+    *(Case("bound", f"wrn-28-10 at {size}", ("forward",),
+           ("per layer", *_library("symbol", "auto")), ("cpu", "gpu")) for size in (64, 128)),
+    Case("bound", "wrn-28-10 at 224", ("forward",), ("per layer", *_library("symbol")),
+         ("cpu", "gpu")),
+    # Margin cross-entropy.
+    Case("loss", "64 x 200 x 256", ("gradient",), LOSSES, ("quick",), memory=True),
+    Case("loss", "256 x 10 x 2048", ("gradient",), LOSSES, ("cpu", "gpu"), memory=True),
+    Case("loss", "256 x 1000 x 2048", ("gradient",), LOSSES, ("cpu", "gpu"), memory=True),
+    Case("loss", "4096 x 1000 x 2048", ("gradient",), LOSSES, ("gpu",), memory=True),
+    Case("loss", "1024 x 32768 x 2048", ("gradient",), LOSSES, ("cpu", "gpu"), memory=True),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """Least bytes moved and operations done by one call."""
+
+    moved: float
+    operations: float
+
+
+def work(problem: BoundProblem | LossProblem, mode: str, quantity: str) -> Work | None:
+    """The floor of a case; None for a quantity that has none of its own.
+
+    Bound step: the weights are read once; with a gradient, ``.grad`` is read and written. The
+    operator engine multiplies twice per weight and position, three times with a gradient;
+    ``symbol`` and ``separable`` twice per weight and column, with a gradient once more for two
+    columns. ``auto`` mixes them; its floor is that of the cheaper ones.
+
+    Loss: logits and head are read, their gradients read and written; three products of the present
+    rows of the head with all of it.
+    """
+    gradient = mode == "gradient"
+    if isinstance(problem, LossProblem):
+        n, k, d = problem.n, problem.k, problem.d
+        rows = min(n, k)
+        passes = 3 if gradient else 1
+        return Work(FLOAT * (n * k + k * d) * passes, 2 * rows * k * d * passes)
+    weights = sum(layer.weights for layer in problem.layers)
+    moved = FLOAT * weights * (3 if gradient else 1)
+    if quantity == "operator":
+        products = sum(layer.products for layer in problem.layers)
+        return Work(moved, 2 * products * (3 if gradient else 2))
+    if quantity in ("symbol", "separable", "auto"):
+        return Work(moved, 2 * weights * (2 * COLUMNS + (2 if gradient else 0)))
+    return None
+
+
+def memory_limit(problem: LossProblem) -> int:
+    """Four times the bytes of logits, head and pair distances of the present rows."""
+    n, k, d = problem.n, problem.k, problem.d
+    return 4 * FLOAT * (n * k + k * d + min(n, k) * k)
