@@ -1,6 +1,7 @@
 # One virtual environment, .venv, serves every target; each target builds what it needs.
 #   make demo   train a small network with a Lipschitz margin, certify it, write demo/
 #   make test   lint, types, Python tests, C++ tests
+#   make cuda   rebuild the extension with the CUDA kernels; needs nvcc, a few minutes on two cores
 # Needs Python >= 3.10 with venv, a C++20 compiler, and a package index that pip can reach.
 # For another build of torch: make TORCH="torch==2.13.0 --index-url <url>".
 
@@ -19,7 +20,7 @@ STAMP := $(VENV)/lmtfast.stamp
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test install lint types pytest ctest slow wheel format clean
+.PHONY: demo test install cuda lint types pytest ctest slow wheel format clean
 
 demo: install
 	$(BIN)/lmtfast demo --out $(OUT)
@@ -45,6 +46,10 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	PYTHONWARNINGS=ignore $(PIP) --editable '.[cli,plot,demo,dev]'
 	@touch $@
 
+# Every other target leaves the CUDA kernels out: they take minutes.
+cuda: install
+	CMAKE_ARGS=-DLMTFAST_CUDA=ON PYTHONWARNINGS=ignore $(PIP) --no-deps --editable .
+
 lint: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -60,10 +65,11 @@ pytest: install
 slow: install
 	$(BIN)/python -m pytest --slow -m slow $(PYTEST_ARGS)
 
-# The compiled core without Python.
+# The compiled core without Python, and the CUDA kernels compiled for the CPU, which pytest uses.
 ctest: install
 	$(BIN)/cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DCMAKE_BUILD_TYPE=Release --log-level=WARNING
+	  -DCMAKE_BUILD_TYPE=Release --log-level=WARNING -DLMTFAST_EMULATED_PYTHON=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/ctest
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
 

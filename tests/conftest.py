@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import NamedTuple
 
 import hypothesis
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 from lmtfast import backends
+from lmtfast.backends import cuda_device
 from lmtfast.rules import MODULE_RULES, OPERATION_RULES
+from tests.emulation import emulated_core
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when it is first
 # imported, which none of the imports above do; a test that compiles kernels runs a subprocess
@@ -93,6 +96,23 @@ def _fixed_start() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Backend "cuda" runs its kernels on CPU tensors, compiled for the CPU."""
+    core = emulated_core()
+    core.set_order(0)
+    monkeypatch.setattr(cuda_device, "core", core)
+    return core
+
+
+@pytest.fixture(autouse=True)
+def _cuda_on_the_cpu(request: pytest.FixtureRequest) -> None:
+    """A test whose parameters name the backend "cuda" gets the emulated one."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and "cuda" in callspec.params.values():
+        request.getfixturevalue("emulated_cuda")
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ NATIVE, REASON = native_module()
 BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(NATIVE is None, reason=f"native: {REASON}")),
+    "cuda",
 ]
 
 

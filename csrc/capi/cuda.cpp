@@ -7,6 +7,7 @@
 #include "core/status.h"
 #include "ops/cuda/device.h"
 #include "ops/cuda/margin_cross_entropy.h"
+#include "ops/cuda/pair_norm.h"
 
 namespace {
 
@@ -64,6 +65,22 @@ lmtfast::cuda::MarginProblem<T> typed(const lmtfast_margin_cross_entropy& p) {
           static_cast<lmtfast_margin_member>(p.member)};
 }
 
+void require_pair_norm(const lmtfast_pair_norm* p) {
+  require(p != nullptr, "a problem", 0, "pair_norm");
+  require(p->k >= 0 && p->k <= kMaxIndex, "0 <= k < 2^31 - 1", p->k, "k");
+  require(p->d >= 0 && p->d <= kMaxIndex, "0 <= d < 2^31 - 1", p->d, "d");
+  require(p->u >= 0 && p->u <= kMaxIndex, "0 <= u < 2^31 - 1", p->u, "u");
+  require(p->classes != nullptr || p->u == p->k || p->u == 0, "u = k, or classes", p->u, "u");
+  require(p->k <= 1 || p->weight_stride >= p->d, "weight_stride >= d", p->weight_stride,
+          "weight_stride");
+  require_buffer(p->weight, p->k * p->d, "weight");
+}
+
+template <class T>
+lmtfast::cuda::PairNorm<T> typed(const lmtfast_pair_norm& p) {
+  return {static_cast<const T*>(p.weight), p.classes, p.k, p.d, p.u, p.weight_stride};
+}
+
 }  // namespace
 
 lmtfast_status lmtfast_cuda_capability(int64_t device, int64_t* capability) {
@@ -117,6 +134,37 @@ lmtfast_status lmtfast_cuda_margin_cross_entropy_backward(
                                      static_cast<const C*>(dlogits), static_cast<const C*>(scale),
                                      static_cast<T*>(grad_logits), static_cast<C*>(grad_rows),
                                      static_cast<C*>(grad_coefficient), workspace, stream);
+    });
+  });
+}
+
+lmtfast_status lmtfast_cuda_pair_norm_forward(const lmtfast_pair_norm* problem, void* norms,
+                                              void* stream) {
+  return lmtfast::guarded([&] {
+    require_pair_norm(problem);
+    require_buffer(norms, problem->u * problem->k, "norms");
+    dispatch(problem->dtype, "dtype", [&](auto zero) {
+      using T = decltype(zero);
+      lmtfast::cuda::pair_norm_forward(typed<T>(*problem), static_cast<Compute<T>*>(norms), stream);
+    });
+  });
+}
+
+lmtfast_status lmtfast_cuda_pair_norm_vjp(const lmtfast_pair_norm* problem, const void* norms,
+                                          const void* grad, void* own, void* grad_weight,
+                                          void* stream) {
+  return lmtfast::guarded([&] {
+    require_pair_norm(problem);
+    require_buffer(norms, problem->u * problem->k, "norms");
+    require_buffer(grad, problem->u * problem->k, "grad");
+    require_buffer(own, problem->u * problem->d, "own");
+    require_buffer(grad_weight, problem->k * problem->d, "grad_weight");
+    dispatch(problem->dtype, "dtype", [&](auto zero) {
+      using T = decltype(zero);
+      using C = Compute<T>;
+      lmtfast::cuda::pair_norm_vjp(typed<T>(*problem), static_cast<const C*>(norms),
+                                   static_cast<const C*>(grad), static_cast<C*>(own),
+                                   static_cast<T*>(grad_weight), stream);
     });
   });
 }

@@ -27,3 +27,12 @@ lmtfast_status lmtfast_cuda_margin_cross_entropy_backward(const lmtfast_margin_c
                                                           void*, void*, void*, int32_t*, void*) {
   return refuse();
 }
+
+lmtfast_status lmtfast_cuda_pair_norm_forward(const lmtfast_pair_norm*, void*, void*) {
+  return refuse();
+}
+
+lmtfast_status lmtfast_cuda_pair_norm_vjp(const lmtfast_pair_norm*, const void*, const void*, void*,
+                                          void*, void*) {
+  return refuse();
+}

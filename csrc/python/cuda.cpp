@@ -62,6 +62,25 @@ void margin_backward(const py::tuple& fields, Address grad_loss, Address dlogits
       address(stream)));
 }
 
+lmtfast_pair_norm pair_norm_of(int64_t dtype, int64_t k, int64_t d, int64_t u, int64_t stride,
+                               Address weight, Address classes) {
+  return {dtype, k, d, u, stride, address(weight), static_cast<const int64_t*>(address(classes))};
+}
+
+void pair_norm_forward(int64_t dtype, int64_t k, int64_t d, int64_t u, int64_t stride,
+                       Address weight, Address classes, Address norms, Address stream) {
+  const auto problem = pair_norm_of(dtype, k, d, u, stride, weight, classes);
+  raise_unless_ok(lmtfast_cuda_pair_norm_forward(&problem, address(norms), address(stream)));
+}
+
+void pair_norm_vjp(int64_t dtype, int64_t k, int64_t d, int64_t u, int64_t stride, Address weight,
+                   Address classes, Address norms, Address grad, Address own, Address grad_weight,
+                   Address stream) {
+  const auto problem = pair_norm_of(dtype, k, d, u, stride, weight, classes);
+  raise_unless_ok(lmtfast_cuda_pair_norm_vjp(&problem, address(norms), address(grad), address(own),
+                                             address(grad_weight), address(stream)));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -73,6 +92,12 @@ void bind_cuda(py::module_& m) {
   m.def("margin_backward", &margin_backward, py::arg("problem"), py::arg("grad_loss"),
         py::arg("dlogits"), py::arg("scale"), py::arg("grad_logits"), py::arg("grad_rows"),
         py::arg("grad_coefficient"), py::arg("workspace"), py::arg("stream"));
+  m.def("pair_norm_forward", &pair_norm_forward, py::arg("dtype"), py::arg("k"), py::arg("d"),
+        py::arg("u"), py::arg("weight_stride"), py::arg("weight"), py::arg("classes"),
+        py::arg("norms"), py::arg("stream"));
+  m.def("pair_norm_vjp", &pair_norm_vjp, py::arg("dtype"), py::arg("k"), py::arg("d"), py::arg("u"),
+        py::arg("weight_stride"), py::arg("weight"), py::arg("classes"), py::arg("norms"),
+        py::arg("grad"), py::arg("own"), py::arg("grad_weight"), py::arg("stream"));
 }
 
 }  // namespace lmtfast::python

@@ -157,6 +157,10 @@ def _native() -> tuple[bool, str]:
     return importlib.import_module("lmtfast.backends.native").available()
 
 
+def _cuda() -> tuple[bool, str]:
+    return importlib.import_module("lmtfast.backends.cuda_device").available()
+
+
 def _triton() -> tuple[bool, str]:
     reason = importlib.import_module("lmtfast.kernels").unavailable_reason()
     if reason is not None:
@@ -171,6 +175,10 @@ register_backend(
 register_backend(
     "native", module="lmtfast.backends.native", provides="margin cross-entropy on the CPU",
     probe=_native,
+)  # fmt: skip
+register_backend(
+    "cuda", module="lmtfast.backends.cuda",
+    provides="margin losses and pair norms on NVIDIA GPUs", probe=_cuda,
 )  # fmt: skip
 register_backend(
     "triton", module="lmtfast.backends.triton",
