@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lmtfast.backends.pair_norm import pair_norm_forward, pair_norm_vjp
-from lmtfast.custom_ops import register_plan
 from lmtfast.engines.network import spectral_step, spectral_vjp
 from lmtfast.errors import ArgumentError
 
@@ -127,9 +126,8 @@ def spectral_norms(
     While a graph is being compiled the step is an operator of torch, which tracing does not enter.
     """
     if torch.compiler.is_compiling():
-        name = register_plan(plan)
         sigmas, values, _, iterates, _, _ = torch.ops.lmtfast.spectral_step(
-            list(tensors), state, name, update
+            list(tensors), state, plan.fingerprint, update
         )
         return sigmas, values, iterates
     found: tuple[Tensor, Tensor, Tensor] = SpectralNorms.apply(plan, state, update, *tensors)

@@ -8,7 +8,8 @@ which costs several times as much as the autograd node. A plan is named by its f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -34,9 +35,9 @@ LIBRARY.define(
 _PLANS: WeakValueDictionary[str, BoundPlan] = WeakValueDictionary()
 
 
-def register_plan(plan: BoundPlan) -> str:
-    """Make a plan known to the operators; returns the name they know it by."""
-    return _PLANS.setdefault(plan.fingerprint, plan).fingerprint
+def shared_plan(plan: BoundPlan) -> BoundPlan:
+    """The one plan with this content that the operators know; alive as long as anyone holds it."""
+    return _PLANS.setdefault(plan.fingerprint, plan)
 
 
 def _plan(name: str) -> BoundPlan:
@@ -49,8 +50,25 @@ def _plan(name: str) -> BoundPlan:
     return plan
 
 
+@contextmanager
+def _autograd_dispatch() -> Iterator[None]:
+    """Let a kernel below autograd differentiate inside itself, as the reference adjoints do.
+
+    The dispatcher calls a kernel with autograd's key excluded: ``torch.autograd.grad`` would find
+    no graph there.
+    """
+    key = torch._C.DispatchKey.AutogradFunctionality
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
 def _step(tensors: Sequence[Tensor], state: Tensor, plan: str, update: bool) -> tuple[Tensor, ...]:
-    return tuple(spectral_step(_plan(plan), state, tensors, update=update))
+    with _autograd_dispatch(), torch.no_grad():
+        return tuple(spectral_step(_plan(plan), state, tensors, update=update))
 
 
 def _fake_step(
@@ -73,8 +91,15 @@ def _vjp(
     plan: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    grads = spectral_vjp(_plan(plan), tensors, saved, rest, grad_sigmas, wanted)
-    return [saved.new_empty(0) if g is None else g for g in grads]
+    with _autograd_dispatch(), torch.no_grad():
+        grads = spectral_vjp(_plan(plan), tensors, saved, rest, grad_sigmas, wanted)
+    # The layout is part of what the fake kernel promises.
+    return [
+        saved.new_empty(0) if g is None
+        else g if g.stride() == torch.empty_like(t, device="meta").stride()
+        else torch.empty_like(t).copy_(g)
+        for g, t in zip(grads, tensors, strict=True)
+    ]  # fmt: skip
 
 
 def _fake_vjp(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from lmtfast.autograd import spectral_norms
 from lmtfast.backends import choose_backend
 from lmtfast.backends.reference import Leaves, effective_weight
 from lmtfast.bound import LipschitzBound, OperatorNorms
+from lmtfast.custom_ops import shared_plan
 from lmtfast.engines import get_engine
 from lmtfast.engines.network import rescan_iterates
 from lmtfast.errors import ArgumentError
-from lmtfast.graph import BoundGraph, Linear, Region, leaf_refs
+from lmtfast.graph import BoundGraph, Linear, Region
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.reading import ModelReader
 from lmtfast.state import PowerState
@@ -106,10 +108,14 @@ class NetworkBound(nn.Module):
         self._runs_on = (device.type, dtype)
         name, reason = choose_backend(self._backend, device.type, dtype == torch.float64)
         model = self._model[0]
-        self.plan = make_plan(
-            model, graph, engine=self._engine, backend=name, backend_reason=reason
+        self.plan = shared_plan(
+            make_plan(model, graph, engine=self._engine, backend=name, backend_reason=reason)
         )
         self._reader = ModelReader(model, self.plan)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.plan = shared_plan(self.plan)
 
     def _watch_batch_norms(self) -> None:
         # Registered after tracing, so that the traced program does not contain the hooks.
@@ -149,15 +155,12 @@ class NetworkBound(nn.Module):
                 self.state.advance(new)
             head_weight = None
             if plan.graph.head is not None:
-                refs = leaf_refs(plan.operators[plan.graph.head])
-                leaves = zip(plan.slots, tensors, strict=True)
-                head_weight = head_matrix(
-                    plan, Leaves({r: t.to(iterates.dtype) for r, t in leaves if r in refs})
-                )
+                head = {r: tensors[i].to(iterates.dtype) for r, i in plan.head_slots}
+                head_weight = head_matrix(plan, Leaves(head))
         features, total = values.unbind()
         return LipschitzBound(
             total=total, features=features,
-            per_operator=OperatorNorms(plan.names, sigmas),
+            per_operator=OperatorNorms(plan.index, sigmas),
             level="estimate", delta=1.0, slack=math.nan, method=plan.method, methods=plan.methods,
             head_weight=head_weight, classes=class_count(plan),
         )  # fmt: skip

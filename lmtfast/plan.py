@@ -74,6 +74,10 @@ class BoundPlan:
     backend_reason: str
     signature: Signature
 
+    def __deepcopy__(self, memo: object) -> BoundPlan:
+        """Itself: a plan is a value."""
+        return self
+
     @property
     def operators(self) -> tuple[Operator, ...]:
         return self.graph.operators
@@ -84,14 +88,14 @@ class BoundPlan:
         return (0, *accumulate(self.state_sizes))
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """Name of every operator."""
-        return tuple(operator.name for operator in self.operators)
+    def index(self) -> Mapping[str, int]:
+        """Number of every operator by name."""
+        return {operator.name: i for i, operator in enumerate(self.operators)}
 
     @cached_property
     def methods(self) -> Mapping[str, str]:
         """Engine by operator name."""
-        return dict(zip(self.names, self.engines, strict=True))
+        return dict(zip(self.index, self.engines, strict=True))
 
     @cached_property
     def method(self) -> str:
@@ -103,6 +107,14 @@ class BoundPlan:
         """Every batch norm whose gain is folded into an operator."""
         refs = (ref for operator in self.operators for ref in weight_refs(operator))
         return tuple(dict.fromkeys(r for r in refs if isinstance(r, BatchNormScale)))
+
+    @cached_property
+    def head_slots(self) -> tuple[tuple[WeightRef, int], ...]:
+        """What the head's matrix is computed from, with its slot."""
+        if self.graph.head is None:
+            return ()
+        wanted = leaf_refs(self.operators[self.graph.head])
+        return tuple((ref, i) for i, ref in enumerate(self.slots) if ref in wanted)
 
     @cached_property
     def uncompiled(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.errors import StalePlanError
-from lmtfast.graph import ParameterRef, WeightRef
+from lmtfast.graph import ParameterRef
 from lmtfast.plan import BoundPlan
 from lmtfast.weights import Weights, named_tensors
 
@@ -44,7 +44,12 @@ class ModelReader:
             self._store(ref.name) if isinstance(ref, ParameterRef) else None
             for ref in self.plan.slots
         ]
-        self._variances = {ref.variance: ref.module for ref in self.plan.batch_norms}
+        variances = {ref.variance: ref.module for ref in self.plan.batch_norms}
+        # Slot number and batch norm of every variance.
+        self._variances = [
+            (i, variances[ref]) for i, ref in enumerate(self.plan.slots) if ref in variances
+        ]
+        self._computed = [i for i, place in enumerate(self._stores) if place is None]
 
     def _store(self, name: str) -> tuple[dict[str, Any], str]:
         path, _, leaf = name.rpartition(".")
@@ -78,26 +83,18 @@ class ModelReader:
         # A compiled graph has the structure it was compiled for: its guards look after that.
         if not torch.compiler.is_compiling() and not self._unchanged():
             self._remember()
-        variances: dict[WeightRef, Tensor] = {}
+        tensors: list[Any] = [p if p is None else p[0][p[1]] for p in self._stores]
+        if self._computed:
+            weights = Weights(named_tensors(self.model), dtype=dtype, batch_variance=batch_variance)
+            for i in self._computed:
+                tensors[i] = weights[self.plan.slots[i]]
         if batch_variance is not None:
-            missing = sorted(set(self._variances.values()) - set(batch_variance))
-            if missing:
-                raise StalePlanError(
-                    "batch statistics from a forward pass in training mode",
-                    f"none for {missing[0]!r}", "NetworkBound(batch_norm='batch')",
-                    "call model(x) in training mode before calling the bound",
-                )  # fmt: skip
-            variances = {ref: batch_variance[name] for ref, name in self._variances.items()}
-        weights = None
-        tensors = []
-        for ref, place in zip(self.plan.slots, self._stores, strict=True):
-            if ref in variances:
-                tensors.append(variances[ref])
-            elif place is not None:
-                tensors.append(place[0][place[1]])
-            else:
-                weights = weights or Weights(
-                    named_tensors(self.model), dtype=dtype, batch_variance=batch_variance
-                )
-                tensors.append(weights[ref])
+            for i, name in self._variances:
+                if name not in batch_variance:
+                    raise StalePlanError(
+                        "batch statistics from a forward pass in training mode",
+                        f"none for {name!r}", "NetworkBound(batch_norm='batch')",
+                        "call model(x) in training mode before calling the bound",
+                    )  # fmt: skip
+                tensors[i] = batch_variance[name]
         return tensors

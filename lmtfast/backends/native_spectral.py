@@ -127,12 +127,14 @@ def _require_state(table: OperatorTable, state: Tensor) -> None:
 
 def _tap_major(t: Tensor) -> bool:
     """Whether the taps of a kernel lie outside its channels (channels-last)."""
-    return t.ndim > 2 and not t.is_contiguous()
+    return not t.is_contiguous()
 
 
 def _dense(t: Tensor) -> Tensor:
     """The tensor in a dtype and a layout that the core reads; itself where it already is."""
-    if t.device.type != "cpu":
+    if t.is_cpu and t.dtype is torch.float32 and t.is_contiguous():
+        return t
+    if not t.is_cpu:
         raise ShapeError(
             "tensors on the CPU", f"one on {t.device}", "the native backend",
             "move the model, or leave out backend=",
@@ -151,7 +153,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _described(views: Sequence[Tensor]) -> list[int]:
-    flat = []
+    flat: list[int] = []
     for t in views:
-        flat += [t.data_ptr(), DTYPES[t.dtype], t.numel(), int(_tap_major(t))]
+        flat += (t.data_ptr(), DTYPES[t.dtype], t.numel(), _tap_major(t))
     return flat

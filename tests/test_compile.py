@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""The bound inside compiled graphs, under autocast, with gradient accumulation and double use."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+import lmtfast as lf
+from lmtfast.backends import available_backends, steps
+from lmtfast.errors import StalePlanError
+
+SHAPE = (3, 8, 8)
+ENGINES = {"reference": frozenset(("operator", "symbol", "separable"))}
+if available_backends()["native"].available:
+    ENGINES["native"] = steps("native")
+CASES = [(backend, engine) for backend, names in ENGINES.items() for engine in sorted(names)]
+
+
+def network() -> nn.Module:
+    """Two convolutions, one of them strided, a batch norm that stands still, and a head."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6).eval(), nn.ReLU(),
+        nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5),
+    )  # fmt: skip
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def bound_of(model: nn.Module, backend: str, engine: str) -> lf.NetworkBound:
+    return lf.NetworkBound(model, SHAPE, engine=engine, backend=backend)
+
+
+def objective(model: nn.Module, bound: lf.NetworkBound):
+    def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        norms = bound()
+        clean = nn.functional.cross_entropy(model(x), y)
+        return clean + 0.1 * norms.total + 0.01 * norms.features
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("backend", "engine"), CASES)
+def test_a_compiled_step_is_one_graph_and_gives_the_same_numbers(
+    backend: str, engine: str, compiler: str
+) -> None:
+    model, x, y = network(), torch.randn(4, *SHAPE), torch.tensor([0, 1, 2, 3])
+    bound = bound_of(model, backend, engine)
+    again = copy.deepcopy(bound)
+    want = objective(model, bound)(x, y)
+    want.backward()
+    grads = gradients(model)
+    twin = again._model[0]
+    step = torch.compile(objective(twin, again), fullgraph=True, backend=compiler)
+    got = step(x, y)
+    got.backward()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients(twin), grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    # The iterates advanced in place, by exactly one step; ties are broken by rounding, so they are
+    # compared by what they give.
+    assert int(again.state.steps) == int(bound.state.steps)
+    ahead, behind = again(update=False).total, bound(update=False).total
+    torch.testing.assert_close(ahead, behind, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("backend", "engine"), CASES)
+@pytest.mark.parametrize("update", [True, False])
+def test_the_step_is_a_lawful_operator(backend: str, engine: str, update: bool) -> None:
+    bound = bound_of(network(), backend, engine)
+    tensors = bound._reader.tensors(torch.float32)
+    # Two traces of one step may break a tie differently; without a step there is none to break.
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    opcheck(
+        torch.ops.lmtfast.spectral_step.default,
+        (tensors, bound.state.iterates, bound.plan.fingerprint, update),
+        test_utils=checks if update else [*checks, "test_aot_dispatch_dynamic"],
+    )
+    with torch.no_grad():
+        out = torch.ops.lmtfast.spectral_step(
+            tensors, bound.state.iterates, bound.plan.fingerprint, update
+        )
+    wanted = [t.requires_grad for t in tensors]
+    detached = [t.detach() for t in tensors]
+    opcheck(
+        torch.ops.lmtfast.spectral_vjp.default,
+        (detached, out[4], out[5], torch.ones_like(out[0]), bound.plan.fingerprint, wanted),
+    )
+
+
+def test_an_operator_of_a_plan_that_is_gone_is_refused() -> None:
+    with pytest.raises(StalePlanError, match="keep the NetworkBound"):
+        torch.ops.lmtfast.spectral_step([torch.ones(1)], torch.ones(1), "no such plan", True)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_autocast_does_not_reach_the_norms(backend: str) -> None:
+    model = network()
+    bound = lf.NetworkBound(model, SHAPE, backend=backend)
+    want = bound(update=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = bound(update=False)
+    assert got.total.dtype == torch.float32
+    assert torch.equal(got.total, want.total)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_accumulated_gradients_add_up(backend: str) -> None:
+    model = network()
+    bound = lf.NetworkBound(model, SHAPE, backend=backend)
+    bound(update=False).total.backward()
+    once = gradients(model)
+    for _ in range(3):
+        bound(update=False).total.backward()
+    for a, b in zip(gradients(model), once, strict=True):
+        torch.testing.assert_close(a, 3 * b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_two_bounds_in_one_step_share_no_state(backend: str) -> None:
+    model = network()
+    bound = lf.NetworkBound(model, SHAPE, backend=backend)
+    first = bound()
+    alone = torch.autograd.grad(first.total, model[0].weight, retain_graph=True)[0]
+    bound()
+    torch.testing.assert_close(torch.autograd.grad(first.total, model[0].weight)[0], alone)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_the_layout_of_the_weights_does_not_matter(backend: str, layout: str) -> None:
+    model = network()
+    bound = lf.NetworkBound(model, SHAPE, backend=backend)
+    want = bound(update=False)
+    want.total.backward()
+    grads = gradients(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and layout == "channels_last":
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+        elif parameter.ndim > 1 and layout == "transposed":
+            parameter.data = parameter.data.transpose(0, 1).contiguous().transpose(0, 1)
+    got = bound(update=False)
+    got.total.backward()
+    torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
+    for a, b in zip(gradients(model), grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_bfloat16_weights_give_float32_norms_and_bfloat16_gradients(backend: str) -> None:
+    model = network().bfloat16()
+    bound = lf.NetworkBound(model, SHAPE, backend=backend)
+    result = bound(update=False)
+    wide = copy.deepcopy(bound)
+    wide._model[0].float()
+    assert result.total.dtype == torch.float32
+    torch.testing.assert_close(result.total, wide(update=False).total, rtol=1e-5, atol=0)
+    result.total.backward()
+    assert model[0].weight.grad.dtype == torch.bfloat16
+
+
+def test_a_model_on_the_meta_device_is_traced_and_bounded_after_it_has_weights() -> None:
+    model = network().to("meta")
+    bound = lf.NetworkBound(model, SHAPE)
+    assert bound.plan.backend == "reference"
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model[1].running_var.fill_(1.0)
+    bound.state.to_empty(device="cpu")
+    bound.state.reseed(0)
+    assert float(bound.converge(5).total.detach()) > 0
+
+
+def test_a_bound_that_is_pickled_keeps_its_plan() -> None:
+    bound = lf.NetworkBound(network(), SHAPE)
+    loaded = pickle.loads(pickle.dumps(bound))
+    assert loaded.plan is bound.plan
+    assert torch.equal(loaded(update=False).total, bound(update=False).total)
