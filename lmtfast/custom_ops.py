@@ -50,24 +50,31 @@ def _plan(name: str) -> BoundPlan:
     return plan
 
 
-@contextmanager
-def _autograd_dispatch() -> Iterator[None]:
-    """Let a kernel below autograd differentiate inside itself, as the reference adjoints do.
+_EAGER_KEYS = tuple(
+    getattr(torch._C.DispatchKey, key)
+    for key in ("AutogradFunctionality", "ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor")
+)
 
-    The dispatcher calls a kernel with autograd's key excluded: ``torch.autograd.grad`` would find
-    no graph there.
+
+@contextmanager
+def _eager_dispatch() -> Iterator[None]:
+    """Give a kernel the dispatch of eager code.
+
+    Kernels are called below autograd, from compiled graphs below lazy conjugation too: there
+    ``torch.autograd.grad`` would find no graph, and ``x.conj() * y`` would silently be ``x * y``.
     """
-    key = torch._C.DispatchKey.AutogradFunctionality
-    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
-    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    excluded = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in _EAGER_KEYS]
+    for key in _EAGER_KEYS:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
     try:
         yield
     finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+        for key, before in zip(_EAGER_KEYS, excluded, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
 
 
 def _step(tensors: Sequence[Tensor], state: Tensor, plan: str, update: bool) -> tuple[Tensor, ...]:
-    with _autograd_dispatch(), torch.no_grad():
+    with _eager_dispatch(), torch.no_grad():
         return tuple(spectral_step(_plan(plan), state, tensors, update=update))
 
 
@@ -91,7 +98,7 @@ def _vjp(
     plan: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    with _autograd_dispatch(), torch.no_grad():
+    with _eager_dispatch(), torch.no_grad():
         grads = spectral_vjp(_plan(plan), tensors, saved, rest, grad_sigmas, wanted)
     # The layout is part of what the fake kernel promises.
     return [

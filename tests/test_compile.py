@@ -69,11 +69,9 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same_numbers(
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     for a, b in zip(gradients(twin), grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    # The iterates advanced in place, by exactly one step; ties are broken by rounding, so they are
-    # compared by what they give.
+    # The iterates advanced in place, by exactly one step.
+    torch.testing.assert_close(again.state.iterates, bound.state.iterates, rtol=1e-5, atol=1e-6)
     assert int(again.state.steps) == int(bound.state.steps)
-    ahead, behind = again(update=False).total, bound(update=False).total
-    torch.testing.assert_close(ahead, behind, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("backend", "engine"), CASES)
@@ -81,12 +79,9 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same_numbers(
 def test_the_step_is_a_lawful_operator(backend: str, engine: str, update: bool) -> None:
     bound = bound_of(network(), backend, engine)
     tensors = bound._reader.tensors(torch.float32)
-    # Two traces of one step may break a tie differently; without a step there is none to break.
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     opcheck(
         torch.ops.lmtfast.spectral_step.default,
         (tensors, bound.state.iterates, bound.plan.fingerprint, update),
-        test_utils=checks if update else [*checks, "test_aot_dispatch_dynamic"],
     )
     with torch.no_grad():
         out = torch.ops.lmtfast.spectral_step(
