@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmtfast.backends.native_spectral import STEPS, compose, spectral_step, spectral_vjp
 from lmtfast.errors import ArgumentError, BackendUnavailableError, DtypeError, ShapeError
+
+__all__ = [
+    "STEPS", "available", "compose", "margin_backward", "margin_forward", "spectral_step",
+    "spectral_vjp",
+]  # fmt: skip
 
 # Imported after torch on purpose: both then share one OpenMP runtime and its warm threads.
 _unavailable = ""

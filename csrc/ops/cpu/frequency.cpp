@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: MIT
+#include "ops/cpu/frequency.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace lmtfast::cpu {
+namespace {
+
+constexpr int kAxes = LMTFAST_OP_ROW_AXES;
+constexpr double kTurn = 2 * std::numbers::pi;
+// Grid points per axis and degree of the symbol, and of one grid.
+constexpr int64_t kGridDensity = 4;
+constexpr int64_t kMaxPoints = 4096;
+// An axis with fewer points is not coarsened.
+constexpr int64_t kFewPoints = 8;
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
+
+// One axis of a stencil: offsets and phases of its taps, and the symbol's degree.
+struct Axis {
+  int64_t stride, dilation, low, kernel;
+
+  Axis(const lmtfast_op_row& row, int axis)
+      : stride(row.stride[axis]),
+        dilation(row.dilation[axis]),
+        low(row.pad_low[axis]),
+        kernel(row.kernel[axis]) {}
+
+  int64_t coarse(int64_t tap) const { return floor_div(tap * dilation - low, stride); }
+  // Without a stride, padding only turns the symbol and dilation only stretches its axis.
+  int64_t offset(int64_t tap) const { return stride == 1 ? tap : coarse(tap); }
+  int64_t phase(int64_t tap) const { return tap * dilation - low - coarse(tap) * stride; }
+  int64_t degree() const { return stride == 1 ? kernel - 1 : coarse(kernel - 1) - coarse(0); }
+};
+
+// sum += a (re + i im)
+inline void add_product(const Complex& a, double re, double im, Complex& sum) {
+  for (int f = 0; f < kCandidates; ++f) {
+    sum.re[f] += a.re[f] * re - a.im[f] * im;
+    sum.im[f] += a.re[f] * im + a.im[f] * re;
+  }
+}
+
+// m^-1 = adjugate / determinant, for n = 1, 2, 3.
+void determinant_adjugate(const double (&m)[kAxes][kAxes], int64_t n,
+                          double (&adjugate)[kAxes][kAxes], double& determinant) {
+  if (n == 1) {
+    adjugate[0][0] = 1.0;
+    determinant = m[0][0];
+  } else if (n == 2) {
+    adjugate[0][0] = m[1][1];
+    adjugate[0][1] = -m[0][1];
+    adjugate[1][0] = -m[1][0];
+    adjugate[1][1] = m[0][0];
+    determinant = m[0][0] * m[1][1] - m[0][1] * m[1][0];
+  } else {
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j) {
+        const int a = (j + 1) % 3, b = (j + 2) % 3, c = (i + 1) % 3, d = (i + 2) % 3;
+        adjugate[i][j] = m[a][c] * m[b][d] - m[a][d] * m[b][c];
+      }
+    }
+    determinant = 0.0;
+    for (int j = 0; j < 3; ++j) determinant += m[0][j] * adjugate[j][0];
+  }
+}
+
+}  // namespace
+
+Spectrum::Spectrum(const lmtfast_op_row& row) : axes_(row.axes) {
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const Axis a(row, axis);
+    kernel_[axis] = a.kernel;
+    grid_[axis] = a.degree() > 0 ? kGridDensity * (a.degree() + 1) : 1;
+  }
+  const auto largest = [&] { return std::max_element(grid_, grid_ + kAxes); };
+  while (volume(grid_) > kMaxPoints && *largest() > kFewPoints) *largest() = (*largest() + 1) / 2;
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const Axis a(row, axis);
+    for (int64_t tap = 0; tap < kernel_[axis]; ++tap) {
+      for (int64_t point = 0; point < grid_[axis]; ++point) {
+        const double angle = -kTurn * static_cast<double>(point) /
+                             static_cast<double>(grid_[axis]) * static_cast<double>(a.offset(tap));
+        cosine_[axis].push_back(std::cos(angle));
+        sine_[axis].push_back(std::sin(angle));
+      }
+    }
+  }
+  const int64_t n = volume(row.kernel);
+  phase_.reserve(n);
+  offset_.reserve(n * axes_);
+  for (int64_t tap = 0; tap < n; ++tap) {
+    const int64_t t[kAxes] = {tap / (kernel_[1] * kernel_[2]), tap / kernel_[2] % kernel_[1],
+                              tap % kernel_[2]};
+    int64_t number = 0;
+    for (int axis = 0; axis < kAxes; ++axis) {
+      const Axis a(row, axis);
+      number = number * a.stride + a.phase(t[axis]);
+      if (axis >= kAxes - axes_) offset_.push_back(static_cast<double>(a.offset(t[axis])));
+    }
+    phase_.push_back(number);
+  }
+}
+
+void Spectrum::terms(const Frequencies& w, Complex* terms) const {
+  for (int64_t t = 0; t < taps(); ++t) {
+    for (int f = 0; f < kCandidates; ++f) {
+      double angle = 0.0;
+      for (int64_t a = 0; a < axes_; ++a) angle -= w[a][f] * offset_[t * axes_ + a];
+      terms[t].re[f] = std::cos(angle);
+      terms[t].im[f] = std::sin(angle);
+    }
+  }
+}
+
+void Spectrum::improve(Complex* response, Frequencies& w) const {
+  if (volume(grid_) == 1) return;
+  double largest[kCandidates] = {};
+  for (int64_t t = 0; t < taps(); ++t) {
+    for (int f = 0; f < kCandidates; ++f) {
+      largest[f] =
+          std::max({largest[f], std::fabs(response[t].re[f]), std::fabs(response[t].im[f])});
+    }
+  }
+  for (int64_t t = 0; t < taps(); ++t) {
+    for (int f = 0; f < kCandidates; ++f) {
+      response[t].re[f] /= largest[f] > 0 ? largest[f] : 1.0;
+      response[t].im[f] /= largest[f] > 0 ? largest[f] : 1.0;
+    }
+  }
+  double peak[kCandidates];
+  int64_t index[kCandidates];
+  best_of_grid(response, peak, index);
+  Complex value{};
+  std::vector<Complex> factors(static_cast<size_t>(taps()));
+  terms(w, factors.data());
+  for (int64_t t = 0; t < taps(); ++t) {
+    for (int f = 0; f < kCandidates; ++f) {
+      value.re[f] += response[t].re[f] * factors[t].re[f] - response[t].im[f] * factors[t].im[f];
+      value.im[f] += response[t].re[f] * factors[t].im[f] + response[t].im[f] * factors[t].re[f];
+    }
+  }
+  for (int f = 0; f < kCandidates; ++f) {
+    if (!(peak[f] > value.re[f] * value.re[f] + value.im[f] * value.im[f])) continue;
+    int64_t rest = index[f];
+    for (int axis = kAxes - 1; axis >= kAxes - axes_; --axis) {
+      w[axis - (kAxes - axes_)][f] =
+          static_cast<double>(rest % grid_[axis]) * (kTurn / static_cast<double>(grid_[axis]));
+      rest /= grid_[axis];
+    }
+  }
+  newton(response, w);
+}
+
+// The largest |response|^2 of the grid, a product: one small table per axis evaluates it.
+void Spectrum::best_of_grid(const Complex* response, double* peak, int64_t* index) const {
+  std::fill(peak, peak + kCandidates, -1.0);
+  std::fill(index, index + kCandidates, 0);
+  const int64_t inner = kernel_[1] * kernel_[2];
+  std::vector<Complex> plane(static_cast<size_t>(inner)), line(static_cast<size_t>(kernel_[2]));
+  for (int64_t i = 0; i < grid_[0]; ++i) {
+    std::fill(plane.begin(), plane.end(), Complex{});
+    for (int64_t t = 0; t < kernel_[0]; ++t) {
+      const double re = cosine_[0][t * grid_[0] + i], im = sine_[0][t * grid_[0] + i];
+      for (int64_t n = 0; n < inner; ++n) add_product(response[t * inner + n], re, im, plane[n]);
+    }
+    for (int64_t j = 0; j < grid_[1]; ++j) {
+      std::fill(line.begin(), line.end(), Complex{});
+      for (int64_t t = 0; t < kernel_[1]; ++t) {
+        const double re = cosine_[1][t * grid_[1] + j], im = sine_[1][t * grid_[1] + j];
+        for (int64_t n = 0; n < kernel_[2]; ++n) {
+          add_product(plane[t * kernel_[2] + n], re, im, line[n]);
+        }
+      }
+      for (int64_t k = 0; k < grid_[2]; ++k) {
+        Complex value{};
+        for (int64_t t = 0; t < kernel_[2]; ++t) {
+          add_product(line[t], cosine_[2][t * grid_[2] + k], sine_[2][t * grid_[2] + k], value);
+        }
+        for (int f = 0; f < kCandidates; ++f) {
+          const double square = value.re[f] * value.re[f] + value.im[f] * value.im[f];
+          if (square > peak[f]) {
+            peak[f] = square;
+            index[f] = (i * grid_[1] + j) * grid_[2] + k;
+          }
+        }
+      }
+    }
+  }
+}
+
+// f = |g|^2 of one candidate, its gradient and Hessian, where g is the sum over taps.
+struct Spectrum::Moments {
+  double value[kCandidates];
+  double gradient[kAxes][kCandidates];
+  double hessian[kAxes][kAxes][kCandidates];
+};
+
+Spectrum::Moments Spectrum::moments(const Complex* response, const Frequencies& w) const {
+  Complex g{}, first[kAxes] = {}, second[kAxes][kAxes] = {};
+  std::vector<Complex> factors(static_cast<size_t>(taps()));
+  terms(w, factors.data());
+  for (int64_t t = 0; t < taps(); ++t) {
+    Complex term;
+    for (int f = 0; f < kCandidates; ++f) {
+      const double qr = response[t].re[f], qi = response[t].im[f];
+      const double er = factors[t].re[f], ei = factors[t].im[f];
+      term.re[f] = qr * er - qi * ei;
+      term.im[f] = qr * ei + qi * er;
+    }
+    add_product(term, 1.0, 0.0, g);
+    for (int64_t a = 0; a < axes_; ++a) {
+      const double tau = offset_[t * axes_ + a];
+      add_product(term, 0.0, -tau, first[a]);
+      for (int64_t b = 0; b < axes_; ++b) {
+        add_product(term, -tau * offset_[t * axes_ + b], 0.0, second[a][b]);
+      }
+    }
+  }
+  Moments m;
+  for (int f = 0; f < kCandidates; ++f) {
+    m.value[f] = g.re[f] * g.re[f] + g.im[f] * g.im[f];
+    for (int64_t a = 0; a < axes_; ++a) {
+      const double ar = first[a].re[f], ai = first[a].im[f];
+      m.gradient[a][f] = 2 * (g.re[f] * ar + g.im[f] * ai);
+      for (int64_t b = 0; b < axes_; ++b) {
+        m.hessian[a][b][f] = 2 * (ar * first[b].re[f] + ai * first[b].im[f] +
+                                  g.re[f] * second[a][b].re[f] + g.im[f] * second[a][b].im[f]);
+      }
+    }
+  }
+  return m;
+}
+
+// The better of w and a Newton step, damped where the maximum is not yet concave around w.
+void Spectrum::newton(const Complex* response, Frequencies& w) const {
+  const Moments m = moments(response, w);
+  Frequencies trial;
+  for (int f = 0; f < kCandidates; ++f) {
+    // Gershgorin: without damping the Hessian is negative definite where this is negative.
+    double edge = -HUGE_VAL, steepest = 0.0;
+    for (int64_t a = 0; a < axes_; ++a) {
+      const double diagonal = m.hessian[a][a][f];
+      double reach = diagonal - std::fabs(diagonal);
+      for (int64_t b = 0; b < axes_; ++b) reach += std::fabs(m.hessian[a][b][f]);
+      edge = std::max(edge, reach);
+      steepest = std::max(steepest, std::fabs(diagonal));
+    }
+    const double damping = edge < 0 ? 0.0 : edge + 1e-3 * steepest;
+    double matrix[kAxes][kAxes] = {}, adjugate[kAxes][kAxes] = {}, determinant = 0.0;
+    for (int64_t a = 0; a < axes_; ++a) {
+      for (int64_t b = 0; b < axes_; ++b) matrix[a][b] = m.hessian[a][b][f];
+      matrix[a][a] -= damping;
+    }
+    determinant_adjugate(matrix, axes_, adjugate, determinant);
+    for (int64_t a = 0; a < axes_; ++a) {
+      double move = 0.0;
+      for (int64_t b = 0; b < axes_; ++b) move += adjugate[a][b] * m.gradient[b][f];
+      trial[a][f] = w[a][f] - move / determinant;
+    }
+  }
+  const Moments reached = moments(response, trial);
+  for (int f = 0; f < kCandidates; ++f) {
+    for (int64_t a = 0; a < axes_; ++a) {
+      const double better = reached.value[f] > m.value[f] ? trial[a][f] : w[a][f];
+      w[a][f] = better - kTurn * std::floor((better + std::numbers::pi) / kTurn);
+    }
+  }
+}
+
+}  // namespace lmtfast::cpu

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <bit>
+
+#include "ops/cpu/symbol.h"
+
+namespace lmtfast::cpu {
+namespace {
+
+int64_t centre_tap(const lmtfast_op_row& row, int64_t index) {
+  int64_t tap = 0;
+  for (int axis = 0; axis < LMTFAST_OP_ROW_AXES; ++axis) {
+    const int64_t at = row.pad_low[axis] / row.dilation[axis];
+    if (row.identity != 0.0 && at >= row.kernel[axis]) {
+      throw_invalid("an identity at a tap of the kernel", at,
+                    "rows.identity[" + std::to_string(index) + "]");
+    }
+    tap = tap * row.kernel[axis] + at;
+  }
+  return tap;
+}
+
+}  // namespace
+
+SymbolOperator::SymbolOperator(const lmtfast_network& network, const lmtfast_tensor* tensors,
+                               const float* scales, int64_t which)
+    : row(&network.rows[which]),
+      index(which),
+      weight(&tensors[row->weight_slot]),
+      row_scale(row->row_scale < 0 ? nullptr : scales + row->row_scale),
+      column_scale(row->column_scale < 0 ? nullptr : scales + row->column_scale),
+      spectrum(*row),
+      columns(lmtfast::columns(*row)),
+      blocks(blocks_of(columns)),
+      width(phases(*row) * row->channels),
+      centre(centre_tap(*row, which)),
+      channel_step(weight->tap_major ? 1 : spectrum.taps()),
+      tap_step(weight->tap_major ? row->channels : 1) {}
+
+void SymbolOperator::copy_weights(int64_t first, int64_t n, float* to) const {
+  if (weight->dtype == LMTFAST_FLOAT32) {
+    std::copy_n(static_cast<const float*>(weight->data) + first, n, to);
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(weight->data) + first;
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = std::bit_cast<float>(static_cast<uint32_t>(from[i]) << 16);
+  }
+}
+
+void write_column(const float* entries, int64_t blocks, int k, float* panel) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    std::copy_n(entries + b * kBlock, kBlock, panel + b * kPanelBlock + k * kBlock);
+  }
+}
+
+void read_column(const float* panel, int64_t blocks, int k, float* entries) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    std::copy_n(panel + b * kPanelBlock + k * kBlock, kBlock, entries + b * kBlock);
+  }
+}
+
+}  // namespace lmtfast::cpu

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+// The symbol engine before and during the pass over the weights.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/buffer.h"
+#include "ops/cpu/symbol.h"
+
+namespace lmtfast::cpu {
+namespace {
+
+// Bytes of weights that stay in the cache between the two products.
+constexpr int64_t kCachedBytes = 384 << 10;
+// A tile's sums are rescaled when the images outgrow their power of two by this many bits.
+constexpr int kHeadroom = 4;
+constexpr int kUnset = std::numeric_limits<int>::min();
+
+// Coefficients of the adjoint, diag(row scale) y over the tile's power of two. Where the images
+// outgrow that, the sums so far are brought to the new one.
+void scale_images(const SymbolRun& run, const SymbolPart& part, SymbolTile& tile, int64_t begin,
+                  int64_t rows, float* coefficients) {
+  const SymbolOperator& op = run.ops[part.op];
+  double y[kRowBlock][kPanelColumns];
+  double largest[kCandidates] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    image(run, part, begin + r, y[r]);
+    const double scale = op.row_scale ? op.row_scale[part.group * op.row->rows + begin + r] : 1.0;
+    for (int k = 0; k < kPanelColumns; ++k) {
+      y[r][k] *= scale;
+      largest[k / 2] = std::max(largest[k / 2], std::fabs(y[r][k]));
+    }
+  }
+  double factor[kCandidates];
+  for (int f = 0; f < kCandidates; ++f) {
+    if (largest[f] > 0 && std::isfinite(largest[f])) {
+      const int exponent = std::ilogb(largest[f]);
+      if (tile.exponent[f] == kUnset) {
+        tile.exponent[f] = exponent;
+      } else if (exponent > tile.exponent[f] + kHeadroom) {
+        const float down = static_cast<float>(std::ldexp(1.0, tile.exponent[f] - exponent));
+        for (int64_t b = 0; b < op.blocks; ++b) {
+          float* sums = tile.sums + b * kPanelBlock + 2 * f * kBlock;
+          for (int i = 0; i < 2 * kBlock; ++i) sums[i] *= down;
+        }
+        tile.exponent[f] = exponent;
+      }
+    }
+    factor[f] = tile.exponent[f] == kUnset ? 1.0 : std::ldexp(1.0, -tile.exponent[f]);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int k = 0; k < kPanelColumns; ++k) {
+      coefficients[r * kPanelColumns + k] = static_cast<float>(y[r][k] * factor[k / 2]);
+    }
+  }
+}
+
+}  // namespace
+
+void image(const SymbolRun& run, const SymbolPart& part, int64_t r, double (&y)[kPanelColumns]) {
+  const SymbolOperator& op = run.ops[part.op];
+  const double scale = op.row_scale ? op.row_scale[part.group * op.row->rows + r] : 1.0;
+  for (int k = 0; k < kPanelColumns; ++k) {
+    y[k] = scale * static_cast<double>(part.images[r * kPanelColumns + k]);
+    if (part.centre) y[k] += static_cast<double>(part.centre[r * kPanelColumns + k]);
+  }
+}
+
+double unit_length(float* x, int64_t n) {
+  double squares = 0.0;
+  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const double length = std::sqrt(squares);
+  if (length == 0.0) return 0.0;
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(static_cast<double>(x[i]) / length);
+  return length;
+}
+
+void prepare(const SymbolRun& run, SymbolPart& part) {
+  const SymbolOperator& op = run.ops[part.op];
+  const int64_t channels = op.row->channels, rows = op.row->rows;
+  for (int f = 0; f < kCandidates; ++f) {
+    const float* slot = run.call.state + op.slot(part.group, f);
+    for (int64_t a = 0; a < op.row->axes; ++a)
+      part.w[a][f] = std::atan2(slot[2 * a + 1], slot[2 * a]);
+    float* x = part.x + f * 2 * op.width;
+    std::copy_n(slot + 2 * op.row->axes, 2 * op.width, x);
+    unit_length(x, 2 * op.width);
+  }
+  op.spectrum.terms(part.w, part.terms);
+  Buffer<float> re(op.blocks * kBlock), im(op.blocks * kBlock);
+  std::fill(re.data() + op.columns, re.data() + op.blocks * kBlock, 0.0f);
+  std::fill(im.data() + op.columns, im.data() + op.blocks * kBlock, 0.0f);
+  for (int f = 0; f < kCandidates; ++f) {
+    for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
+      const float* x = part.x + 2 * (f * op.width + op.spectrum.phase(t) * channels);
+      const float er = static_cast<float>(part.terms[t].re[f]);
+      const float ei = static_cast<float>(part.terms[t].im[f]);
+      for (int64_t c = 0; c < channels; ++c) {
+        const float zr = er * x[2 * c] - ei * x[2 * c + 1], zi = er * x[2 * c + 1] + ei * x[2 * c];
+        const float scale = op.column_scale ? op.column_scale[part.group * channels + c] : 1.0f;
+        re.data()[op.at(c, t)] = scale * zr;
+        im.data()[op.at(c, t)] = scale * zi;
+        if (part.centre && t == op.centre && c < rows) {
+          part.centre[c * kPanelColumns + 2 * f] = static_cast<float>(op.row->identity * zr);
+          part.centre[c * kPanelColumns + 2 * f + 1] = static_cast<float>(op.row->identity * zi);
+        }
+      }
+    }
+    write_column(re.data(), op.blocks, 2 * f, part.panel);
+    write_column(im.data(), op.blocks, 2 * f + 1, part.panel);
+  }
+}
+
+void pass(const SymbolRun& run, SymbolTile& tile) {
+  const SymbolPart& part = run.parts[tile.part];
+  const SymbolOperator& op = run.ops[part.op];
+  const WeightPass& kernels = weight_pass(op.weight->dtype, best_isa());
+  const WeightPass& tail_kernels = weight_pass(LMTFAST_FLOAT32, best_isa());
+  const int64_t whole = op.columns / kBlock, rest = op.columns % kBlock;
+  const int64_t height =
+      std::clamp<int64_t>(kCachedBytes / (op.columns * op.weight_bytes()) / 3 * 3, 3, kRowBlock);
+  alignas(64) float tail[kRowBlock * kBlock] = {};
+  alignas(64) float coefficients[kRowBlock * kPanelColumns];
+  std::fill(tile.exponent, tile.exponent + kCandidates, kUnset);
+  if (tile.sums) std::fill(tile.sums, tile.sums + op.blocks * kPanelBlock, 0.0f);
+  for (int64_t begin = tile.begin; begin < tile.end; begin += height) {
+    const int64_t rows = std::min(height, tile.end - begin);
+    const int64_t first = (part.group * op.row->rows + begin) * op.columns;
+    const WeightRows weights{op.weight_at(first), op.columns, rows, whole};
+    const WeightRows end{tail, kBlock, rows, rest > 0};
+    for (int64_t r = 0; r < rows && rest > 0; ++r) {
+      op.copy_weights(first + r * op.columns + whole * kBlock, rest, tail + r * kBlock);
+    }
+    float* images = part.images + begin * kPanelColumns;
+    std::fill(images, images + rows * kPanelColumns, 0.0f);
+    kernels.multiply(weights, part.panel, images);
+    tail_kernels.multiply(end, part.panel + whole * kPanelBlock, images);
+    if (!tile.sums) continue;
+    scale_images(run, part, tile, begin, rows, coefficients);
+    kernels.multiply_adjoint(weights, coefficients, tile.sums);
+    tail_kernels.multiply_adjoint(end, coefficients, tile.sums + whole * kPanelBlock);
+  }
+  for (int& exponent : tile.exponent) exponent = exponent == kUnset ? 0 : exponent;
+}
+
+}  // namespace lmtfast::cpu
