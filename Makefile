@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= demo
 PYTEST_ARGS ?= --numprocesses 2
+BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
@@ -20,7 +21,7 @@ STAMP := $(VENV)/lmtfast.stamp
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test install cuda lint types pytest ctest slow wheel format clean
+.PHONY: demo test install cuda lint types pytest ctest slow bench wheel format clean
 
 demo: install
 	$(BIN)/lmtfast demo --out $(OUT)
@@ -64,6 +65,10 @@ pytest: install
 
 slow: install
 	$(BIN)/python -m pytest --slow -m slow $(PYTEST_ARGS)
+
+# A few minutes on a quiet machine; BENCH_ARGS="--suite quick" shows in seconds that it runs.
+bench: install
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 # The compiled core without Python, and the CUDA kernels compiled for the CPU, which pytest uses.
 ctest: install

@@ -2,14 +2,16 @@
 """What is timed, as data: one row per case, and the least work each needs.
 
 A new case is a row of ``CASES``; a new implementation, a row of ``providers.PROVIDERS``; a new
-operation, a problem in ``problems.PROBLEMS`` and a branch of ``work``.
+operation, a problem in ``providers.PROBLEMS`` and a branch of ``work``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from benchmarks.problems import BoundProblem, LossProblem
+from benchmarks.pieces import ComposeProblem, PairProblem
+from benchmarks.problems import LossProblem
 from benchmarks.providers import BACKENDS, ENGINES
 
 # Columns of the real product of a symbol or separable step: candidates or patterns of an operator.
@@ -22,7 +24,7 @@ class Case:
     """One operation at one shape.
 
     Attributes:
-        op: Key of ``problems.PROBLEMS``.
+        op: Key of ``providers.PROBLEMS``.
         shape: Name of a network, or ``N x K x D``.
         modes: ``forward`` (no gradient) and ``gradient`` (forward and backward).
         providers: Names from ``providers.PROVIDERS``; the first is what ratios are taken to.
@@ -55,6 +57,9 @@ PEERS = (
 )  # fmt: skip
 PLAIN = ("plain, K x K Gram", "plain, N x K Gram rows", "plain, (N, K, D) differences")
 LOSSES = (*PLAIN, *(f"lmtfast ({backend})" for backend in BACKENDS))
+PAIRS = ("torch.cdist pairs", "plain, Gram rows pairs",
+         *(f"lmtfast ({backend}) pairs" for backend in BACKENDS))  # fmt: skip
+TAPES = tuple(f"lmtfast ({backend}) tape" for backend in BACKENDS)
 
 CASES = (
     # The bound step of whole networks, every engine and peer.
@@ -79,6 +84,11 @@ CASES = (
     Case("loss", "256 x 10 x 2048", ("gradient",), LOSSES, ("cpu", "gpu"), memory=True),
     Case("loss", "256 x 1000 x 2048", ("gradient",), LOSSES, ("cpu", "gpu"), memory=True),
     Case("loss", "4096 x 1000 x 2048", ("gradient",), LOSSES, ("gpu",), memory=True),
+    # Parts of the step.
+    Case("pairs", "20 x 50 x 8", BOTH, PAIRS, ("quick",)),
+    Case("pairs", "256 x 1000 x 2048", BOTH, PAIRS, ("cpu", "gpu")),
+    Case("compose", "wrn-10-1", ("gradient",), TAPES, ("quick",)),
+    Case("compose", "wrn-28-10", ("gradient",), TAPES, ("cpu", "gpu")),
     Case("loss", "1024 x 32768 x 2048", ("gradient",), LOSSES, ("cpu", "gpu"), memory=True),
 )  # fmt: skip
 
@@ -91,7 +101,7 @@ class Work:
     operations: float
 
 
-def work(problem: BoundProblem | LossProblem, mode: str, quantity: str) -> Work | None:
+def work(problem: Any, mode: str, quantity: str) -> Work | None:
     """The floor of a case; None for a quantity that has none of its own.
 
     Bound step: the weights are read once; with a gradient, ``.grad`` is read and written. The
@@ -100,16 +110,18 @@ def work(problem: BoundProblem | LossProblem, mode: str, quantity: str) -> Work 
     columns. ``auto`` mixes them; its floor is that of the cheaper ones.
 
     Loss: logits and head are read, their gradients read and written; three products of the present
-    rows of the head with all of it.
+    rows of the head with all of it. Pairs: the same without logits, with the distances written.
     """
     gradient = mode == "gradient"
-    if isinstance(problem, LossProblem):
+    passes = 3 if gradient else 1
+    if isinstance(problem, (LossProblem, PairProblem)):
         n, k, d = problem.n, problem.k, problem.d
-        rows = min(n, k)
-        passes = 3 if gradient else 1
-        return Work(FLOAT * (n * k + k * d) * passes, 2 * rows * k * d * passes)
+        matrix = n * k * (passes if isinstance(problem, LossProblem) else 1)
+        return Work(FLOAT * (matrix + k * d * passes), 2 * min(n, k) * k * d * passes)
+    if isinstance(problem, ComposeProblem):
+        return None
     weights = sum(layer.weights for layer in problem.layers)
-    moved = FLOAT * weights * (3 if gradient else 1)
+    moved = FLOAT * weights * passes
     if quantity == "operator":
         products = sum(layer.products for layer in problem.layers)
         return Work(moved, 2 * products * (3 if gradient else 2))

@@ -86,6 +86,8 @@ class BoundProblem:
         model = copy.deepcopy(self.model)
         shape = self.network.input_shape
         bound = lf.NetworkBound(model, shape, engine=engine, backend=backend)
+        if backend != "reference" and not bound.plan.table.compiled:
+            raise UnavailableError("it runs no step of this network; the reference would")
         return BoundRunner(self, engine, model, bound)
 
 
@@ -97,6 +99,12 @@ class BoundRunner:
     ) -> None:
         self.problem, self.engine, self.model, self.bound = problem, engine, model, bound
         self.parameters = with_gradients(dict(model.named_parameters()))
+        plan = bound.plan
+        self.note = (
+            f"{len(plan.uncompiled)} of {len(plan.operators)} operators run by the reference"
+            if plan.table.compiled and plan.uncompiled
+            else ""
+        )
 
     def forward(self) -> lf.LipschitzBound:
         with torch.no_grad():
@@ -230,6 +238,3 @@ class PlainLoss(LossRunner):
 
     def clone(self) -> PlainLoss:
         return PlainLoss(self.problem, self.distances)
-
-
-PROBLEMS = {"bound": BoundProblem, "loss": LossProblem}

@@ -7,8 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import lmtfast as lf
 from benchmarks import loss_peers, peers
+from benchmarks.pieces import (
+    ComposeProblem,
+    ComposeRunner,
+    LibraryPairs,
+    PairProblem,
+    PlainPairs,
+)
 from benchmarks.problems import (
     BoundProblem,
     LossProblem,
@@ -18,7 +27,11 @@ from benchmarks.problems import (
     UnavailableError,
     reasons,
 )
+from lmtfast.backends import pair_norm, providing
 
+PROBLEMS: dict[str, Callable[[str, torch.device], Any]] = {
+    "bound": BoundProblem, "loss": LossProblem, "pairs": PairProblem, "compose": ComposeProblem,
+}  # fmt: skip
 ENGINES = ("operator", "symbol", "separable", "auto")
 BACKENDS = ("reference", "native", "triton", "cuda")
 
@@ -76,6 +89,32 @@ def _library_loss(backend: str) -> Provider:
     return Provider(f"lmtfast ({backend})", "loss", "lmt++", make, backend)
 
 
+def _library_pairs(backend: str) -> Provider:
+    def make(problem: PairProblem) -> Runner:
+        name = "pair_norm_forward"
+        own = backend != "reference"
+        return LibraryPairs(problem, providing(backend, name, "pair norms") if own else pair_norm)
+
+    return Provider(f"lmtfast ({backend}) pairs", "pairs", "distances", make, backend)
+
+
+def _plain_pairs(name: str, distances: loss_peers.Distances) -> Provider:
+    def make(problem: PairProblem) -> Runner:
+        return PlainPairs(problem, distances)
+
+    return Provider(f"{name} pairs", "pairs", "distances", make)
+
+
+def _library_tape(backend: str) -> Provider:
+    def make(problem: ComposeProblem) -> Runner:
+        if backend == "reference":
+            return ComposeRunner(problem, problem.plan, None)
+        module = providing(backend, "compose", "composing")
+        return ComposeRunner(problem, problem.bounds.bound("auto", backend).bound.plan, module)
+
+    return Provider(f"lmtfast ({backend}) tape", "compose", "tape", make, backend)
+
+
 def _plain_loss(name: str, distances: loss_peers.Distances) -> Provider:
     def make(problem: LossProblem) -> Runner:
         return PlainLoss(problem, distances)
@@ -99,5 +138,9 @@ PROVIDERS: dict[str, Provider] = {
         _plain_loss("plain, (N, K, D) differences", loss_peers.by_differences),
         _plain_loss("plain, K x K Gram", loss_peers.by_gram),
         _plain_loss("plain, N x K Gram rows", loss_peers.by_target_rows),
+        *(_library_pairs(backend) for backend in BACKENDS),
+        _plain_pairs("torch.cdist", lambda weight, classes: torch.cdist(weight[classes], weight)),
+        _plain_pairs("plain, Gram rows", loss_peers.by_target_rows),
+        *(_library_tape(backend) for backend in BACKENDS),
     )
 }

@@ -22,8 +22,8 @@ from benchmarks.cases import CASES, Case, memory_limit, work
 from benchmarks.gate import Verdict, judge
 from benchmarks.machine import Ceilings, header, measure_ceilings
 from benchmarks.memory import device_extra, measure_in_subprocess
-from benchmarks.problems import PROBLEMS, Runner, UnavailableError, reasons
-from benchmarks.providers import PROVIDERS
+from benchmarks.problems import Runner, UnavailableError, reasons
+from benchmarks.providers import PROBLEMS, PROVIDERS
 from benchmarks.report import FILE, Row, text_table, write_rows
 from benchmarks.timing import (
     Sampler,
@@ -56,7 +56,7 @@ class CaseRun:
             with reasons():
                 copies = self._copies(PROVIDERS[name].runner(self.problem))
                 # The last copy: one that shares its data with another shows as wrong.
-                verdict = judge(copies[-1], self.device.type)
+                verdict = judge(copies[-1], self.device.type, self.case.modes)
         except UnavailableError as error:
             self.refused[name] = "not available", str(error)
         except Exception as error:
@@ -120,7 +120,7 @@ class CaseRun:
         baseline: float | None,
     ) -> Row:
         case, provider, verdict = self.case, PROVIDERS[name], self.verdicts.get(name)
-        status, reason = self.refused.get(name, ("ok", ""))
+        status, reason = self.refused.get(name) or ("ok", self._note(name))
         fixed = (case.op, case.shape, mode, name, provider.quantity, status, reason)
         errors = (None, None) if verdict is None else (verdict.values, verdict.gradients)
         if samples is None:
@@ -135,6 +135,9 @@ class CaseRun:
             None if light is None else 1e3 * light,
             None if light is None else light / samples.median, *errors, extra, limit,
         )  # fmt: skip
+
+    def _note(self, name: str) -> str:
+        return str(getattr(self.runners[name][0], "note", ""))
 
     def _memory(self, name: str) -> tuple[int | None, int | None]:
         if not self.case.memory:

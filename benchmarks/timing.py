@@ -21,6 +21,8 @@ Sampler = Callable[[], float]
 
 MIN_SAMPLE_SECONDS = 5e-3
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+# A variant that takes more than this share of the time for one sample gets three.
+SLOW_SHARE, SLOW_ROUNDS = 0.1, 3
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,17 @@ def _between_events(run: Call, calls: int, spin: int = 1_000_000) -> Sampler:
 
 
 def interleave(samplers: Mapping[str, Sampler], seconds: float) -> dict[str, Samples]:
-    """Samples of every variant, taken in turns within about ``seconds``, at least five each."""
+    """Samples of every variant, taken in turns within about ``seconds``, at least five each.
+
+    The slowest get three: they decide nothing, and would leave no time for the others.
+    """
     taken: dict[str, list[float]] = {name: [] for name in samplers}
     names = list(samplers)
     started = time.perf_counter()
     for turn in range(MAX_ROUNDS):
+        if turn == SLOW_ROUNDS and len(names) > 1:
+            fast = [n for n in names if max(taken[n]) < SLOW_SHARE * seconds]
+            names = fast or names
         # A different one first each time: whoever follows a large working set pays for it.
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import memory, peers, run
-from benchmarks.cases import CASES, work
+from benchmarks import memory, peers, readme_table, run
+from benchmarks.cases import CASES, PLAIN, work
 from benchmarks.gate import TOLERANCE, judge
 from benchmarks.machine import Ceilings, header
 from benchmarks.networks import NETWORKS, build_network, layers_of
-from benchmarks.problems import PROBLEMS, BoundProblem, LossProblem, PlainLoss
-from benchmarks.providers import BACKENDS, ENGINES, PROVIDERS
+from benchmarks.problems import BoundProblem, LossProblem, PlainLoss
+from benchmarks.providers import BACKENDS, ENGINES, PROBLEMS, PROVIDERS
 from benchmarks.report import FILE, Row, read_rows, text_table, write_rows
 from benchmarks.timing import MAX_ROUNDS, MIN_ROUNDS, interleave
 from tests.oracles import conv_matrix, svd_norm
@@ -158,7 +158,7 @@ def test_compiled_peers_are_their_definitions():
         assert torch.equal(compiled.forward(), plain.forward())
 
 
-@pytest.mark.parametrize("name", [p.name for p in PROVIDERS.values() if p.name.startswith("plain")])
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("shape", ["5 x 3 x 4", "7 x 40 x 6", "33 x 2 x 5"])
 def test_plain_losses_are_the_library_definition(name, shape):
     problem = LossProblem(shape, CPU)
@@ -178,11 +178,18 @@ def test_a_plain_loss_that_does_not_fit_says_so(monkeypatch):
     assert "GiB" in reason
 
 
-@pytest.mark.parametrize("op", ["bound", "loss"])
-def test_the_gate_is_green_for_the_reference(op):
-    problem = PROBLEMS[op]({"bound": "l2w8", "loss": "9 x 40 x 6"}[op], CPU)
-    for name in {"bound": ("lmtfast symbol (reference)", "per layer"),
-                 "loss": ("lmtfast (reference)", "plain, K x K Gram")}[op]:  # fmt: skip
+@pytest.mark.parametrize(
+    ("op", "shape", "names"),
+    [
+        ("bound", "l2w8", ("lmtfast symbol (reference)", "per layer")),
+        ("loss", "9 x 40 x 6", ("lmtfast (reference)", "plain, K x K Gram")),
+        ("pairs", "9 x 40 x 6", ("lmtfast (reference) pairs", "torch.cdist pairs")),
+        ("compose", "l2w8", ("lmtfast (reference) tape",)),
+    ],
+)
+def test_the_gate_is_green_for_the_reference(op, shape, names):
+    problem = PROBLEMS[op](shape, CPU)
+    for name in names:
         verdict = judge(PROVIDERS[name].runner(problem), "cpu")
         assert verdict.green
         assert verdict.values < 1e-5
@@ -343,6 +350,26 @@ def test_rows_survive_the_file(tmp_path):
     assert float(read["median_ms"]) == 2.0
     assert read["extra_bytes"] == ""
     assert "a, b" in text_table([row])
+
+
+def test_the_speed_table_is_read_from_the_file(tmp_path, monkeypatch):
+    def row(provider: str, status: str, ms: float | None, faster: float | None) -> Row:
+        fixed = ("bound", "wrn-16-4", "gradient", provider, "operator", status)
+        return Row(*fixed, "why", "host", 5, ms, ms, ms, faster)
+
+    monkeypatch.setattr(readme_table, "ROOT", tmp_path)
+    rows = [
+        row("per layer", "ok", 120.0, 1.0),
+        row("lmtfast symbol (native)", "ok", 2.5, 48.0),
+        row("lmtfast operator (native)", "red", None, None),
+    ]
+    head = {"processor": "a CPU", "threads": "2", "torch": "2", "commit": "abc"}
+    write_rows(tmp_path / "here" / FILE, head, rows)
+    text = readme_table.speed_part(tmp_path / "here" / FILE)
+    assert "a CPU; 2 threads" in text
+    line = text.splitlines()[-2]
+    assert line.startswith("| wrn-16-4, with gradient | 120 | – |")
+    assert "| – | 2.5 (48x) |" in line
 
 
 def test_a_solved_loss_is_computed_once(monkeypatch):
