@@ -18,7 +18,7 @@ from torch import Tensor
 from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.table import OperatorTable
 
-STEPS = frozenset({"symbol"})
+STEPS = frozenset({"operator", "symbol"})
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 
 

@@ -188,10 +188,12 @@ def _backward(
     op: Conv, weight: Tensor, u: Tensor, x: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Any, ...]:
     # One call gives the exact adjoint for every stride and output padding, and the weight gradient.
+    # PyTorch 2.13 gets the latter wrong for groups in float64 where a channels-last vector without
+    # a batch axis meets a channels-last weight: hence contiguous.
     return torch.ops.aten.convolution_backward(
-        u.unsqueeze(0), x, weight, None, list(op.stride), [low for low, _ in op.padding],
-        list(op.dilation), op.transposed, list(op.output_padding) or [0] * len(op.kernel),
-        op.groups, (*wanted, False),
+        u.contiguous().unsqueeze(0), x.contiguous(), weight, None, list(op.stride),
+        [low for low, _ in op.padding], list(op.dilation), op.transposed,
+        list(op.output_padding) or [0] * len(op.kernel), op.groups, (*wanted, False),
     )  # fmt: skip
 
 
