@@ -8,6 +8,7 @@
 #include <random>
 
 #include "check.h"
+#include "guarded.h"
 #include "ops/margin_cross_entropy.h"
 
 using namespace lmtfast;
@@ -16,30 +17,6 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-// A buffer with 16 sentinel values on either side of its content, which starts as NaN.
-template <class T>
-class Guarded {
- public:
-  explicit Guarded(size_t size) : values_(size + 2 * kBand, kSentinel), size_(size) {
-    for (size_t i = 0; i < size; ++i) (*this)[i] = static_cast<T>(kNan);
-  }
-  T* data() { return values_.data() + kBand; }
-  T& operator[](size_t i) { return values_[kBand + i]; }
-  size_t size() const { return size_; }
-  bool intact() const {
-    for (size_t i = 0; i < kBand; ++i) {
-      if (values_[i] != kSentinel || values_[kBand + size_ + i] != kSentinel) return false;
-    }
-    return true;
-  }
-
- private:
-  static constexpr size_t kBand = 16;
-  static constexpr T kSentinel = T(-12345);
-  std::vector<T> values_;
-  size_t size_;
-};
 
 template <class T>
 struct Case {

@@ -40,18 +40,6 @@ LMTFAST_API lmtfast_status lmtfast_cuda_margin_cross_entropy_backward(
     const void* scale, void* grad_logits, void* grad_rows, void* grad_coefficient,
     int32_t* workspace, void* stream);
 
-/* Distances between rows of a linear head. */
-typedef struct lmtfast_pair_norm {
-  int64_t dtype;          /* lmtfast_dtype of the head; norms and grad are float64 for float64, else
-                             float32 */
-  int64_t k;              /* rows of the head, >= 0 */
-  int64_t d;              /* columns, >= 0 */
-  int64_t u;              /* rows of the table, >= 0; k where classes is NULL */
-  int64_t weight_stride;  /* between rows of the head */
-  const void* weight;     /* (k, d), unit column stride */
-  const int64_t* classes; /* (u), in [0, k); NULL: every row, in order */
-} lmtfast_pair_norm;
-
 /* Writes norms (u, k): the distance of row classes[u] from row j, exactly 0 where they are one. */
 LMTFAST_API lmtfast_status lmtfast_cuda_pair_norm_forward(const lmtfast_pair_norm* problem,
                                                           void* norms, void* stream);

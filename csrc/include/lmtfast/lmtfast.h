@@ -208,6 +208,29 @@ LMTFAST_API lmtfast_status lmtfast_margin_cross_entropy_backward(
     const lmtfast_margin_cross_entropy* problem, const void* grad_loss, const void* dlogits,
     const void* scale, void* grad_logits, void* grad_rows, void* grad_coefficient);
 
+/* Distances between rows of a linear head. */
+typedef struct lmtfast_pair_norm {
+  int64_t dtype;          /* lmtfast_dtype of the head; norms and grad are float64 for float64, else
+                             float32 */
+  int64_t k;              /* rows of the head, >= 0 */
+  int64_t d;              /* columns, >= 0 */
+  int64_t u;              /* rows of the table, >= 0; k where classes is NULL */
+  int64_t weight_stride;  /* between rows of the head */
+  const void* weight;     /* (k, d), unit column stride */
+  const int64_t* classes; /* (u), in [0, k); NULL: every row, in order */
+} lmtfast_pair_norm;
+
+/* Writes norms (u, k): the distance of row classes[u] from row j, exactly 0 where they are one. On
+ * the CPU for float32 and bfloat16 heads; method and accuracy: csrc/ops/pair_norm.h. */
+LMTFAST_API lmtfast_status lmtfast_pair_norm_forward(const lmtfast_pair_norm* problem, float* norms,
+                                                     int64_t num_threads);
+
+/* From norms and their gradient, both (u, k), writes grad_weight (k, d), of the head's dtype. A pair
+ * at distance 0 contributes 0. */
+LMTFAST_API lmtfast_status lmtfast_pair_norm_vjp(const lmtfast_pair_norm* problem,
+                                                 const float* norms, const float* grad,
+                                                 void* grad_weight, int64_t num_threads);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif
