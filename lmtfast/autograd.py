@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmtfast.backends.pair_norm import pair_norm_forward, pair_norm_vjp
+from lmtfast.backends import pair_norm
 from lmtfast.engines.network import spectral_step, spectral_vjp
 from lmtfast.errors import ArgumentError
 
@@ -57,7 +57,8 @@ class MarginCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         norms = None
         if head_weight is not None:
-            norms = pair_norm_forward(head_weight, classes).to(coefficient.dtype)
+            norms = _pair_norms(backend).pair_norm_forward(head_weight, classes)
+            norms = norms.to(coefficient.dtype)
         if norms is None or row_scale is None:
             rows = row_scale if norms is None else norms
             assert rows is not None, "a margin needs a head or row_scale"
@@ -86,8 +87,16 @@ class MarginCrossEntropy(torch.autograd.Function):
         grad_weight = None
         if head_weight is not None and ctx.needs_input_grad[1]:
             grad_norms = grad_rows if row_scale is None else grad_rows * row_scale
-            grad_weight = pair_norm_vjp(head_weight, classes, norms, grad_norms)
+            dtype = pair_norm.pair_norm_dtype(head_weight)
+            grad_weight = _pair_norms(ctx.backend).pair_norm_vjp(
+                head_weight, classes, norms.to(dtype), grad_norms.to(dtype)
+            )
         return grad_logits, grad_weight, grad_coefficient, None, None, None, None, None, None
+
+
+def _pair_norms(backend: ModuleType) -> ModuleType:
+    """Where the pair norms come from: the backend, if it has them."""
+    return backend if hasattr(backend, "pair_norm_forward") else pair_norm
 
 
 class SpectralNorms(torch.autograd.Function):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from lmtfast.backends.margin_choice import choose_margin_backend, native_module
+from lmtfast.backends.margin_choice import choose_margin_backend, margin_module
 from lmtfast.backends.margin_reference import SHIFT_FORMULAS
 from lmtfast.losses import MEMBERS, margin_cross_entropy
 
@@ -20,7 +20,7 @@ SHIFTS = [name for name in NAMES if MEMBERS[name].formula in SHIFT_FORMULAS]
 BOTTOMS = [name for name in NAMES if name not in SHIFTS]
 CONSTANT_FACTOR = [name for name in NAMES if MEMBERS[name].formula in ("lmt", "gloro")]
 
-NATIVE, REASON = native_module()
+NATIVE, REASON = margin_module("native")
 BACKENDS = [
     "reference",
     pytest.param("native", marks=pytest.mark.skipif(NATIVE is None, reason=f"native: {REASON}")),
@@ -409,7 +409,7 @@ def test_no_value_is_read_back_from_a_device(name, n, k):
 
 def test_backend_choice_is_by_device_and_dtype():
     usable = "lmtfast.backends.native" if NATIVE else "lmtfast.backends.margin_reference"
-    expected = {torch.float32: usable, torch.float64: usable}
+    expected = dict.fromkeys((torch.float32, torch.float64, torch.bfloat16), usable)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         chosen = choose_margin_backend(torch.ones(2, 3, dtype=dtype), "lmt++")
         assert chosen.__name__ == expected.get(dtype, "lmtfast.backends.margin_reference")

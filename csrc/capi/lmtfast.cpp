@@ -15,8 +15,8 @@ lmtfast::MarginCrossEntropy<T> typed(const lmtfast_margin_cross_entropy& p) {
   return {static_cast<const T*>(p.logits),
           p.target,
           p.row_index,
-          static_cast<const T*>(p.rows),
-          static_cast<const T*>(p.coefficient),
+          static_cast<const lmtfast::Real<T>*>(p.rows),
+          static_cast<const lmtfast::Real<T>*>(p.coefficient),
           p.n,
           p.k,
           p.u,
@@ -44,13 +44,14 @@ lmtfast_status lmtfast_margin_cross_entropy_forward(const lmtfast_margin_cross_e
     require_problem(problem);
     lmtfast::dispatch_dtype(problem->dtype, kWhere, [&](auto zero) {
       using T = decltype(zero);
+      using R = lmtfast::Real<T>;
       const auto p = typed<T>(*problem);
       lmtfast::validate(p);
       require_buffer(loss, p.n, "loss");
       require_buffer(dlogits, p.n, "dlogits");
       require_buffer(scale, p.n, "scale");
-      lmtfast::cpu::margin_cross_entropy_forward(p, static_cast<T*>(loss), static_cast<T*>(dlogits),
-                                                 static_cast<T*>(scale));
+      lmtfast::cpu::margin_cross_entropy_forward(p, static_cast<R*>(loss), static_cast<R*>(dlogits),
+                                                 static_cast<R*>(scale));
     });
   });
 }
@@ -63,6 +64,7 @@ lmtfast_status lmtfast_margin_cross_entropy_backward(const lmtfast_margin_cross_
     require_problem(problem);
     lmtfast::dispatch_dtype(problem->dtype, kWhere, [&](auto zero) {
       using T = decltype(zero);
+      using R = lmtfast::Real<T>;
       const auto p = typed<T>(*problem);
       lmtfast::validate(p);
       require_buffer(grad_loss, p.n, "grad_loss");
@@ -72,9 +74,9 @@ lmtfast_status lmtfast_margin_cross_entropy_backward(const lmtfast_margin_cross_
       require_buffer(grad_rows, p.u, "grad_rows");
       require_buffer(grad_coefficient, p.n, "grad_coefficient");
       lmtfast::cpu::margin_cross_entropy_backward(
-          p, static_cast<const T*>(grad_loss), static_cast<const T*>(dlogits),
-          static_cast<const T*>(scale), static_cast<T*>(grad_logits), static_cast<T*>(grad_rows),
-          static_cast<T*>(grad_coefficient));
+          p, static_cast<const R*>(grad_loss), static_cast<const R*>(dlogits),
+          static_cast<const R*>(scale), static_cast<T*>(grad_logits), static_cast<R*>(grad_rows),
+          static_cast<R*>(grad_coefficient));
     });
   });
 }

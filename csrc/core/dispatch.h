@@ -6,7 +6,7 @@
 
 namespace lmtfast {
 
-// Calls body(T{}) with T the element type of `dtype`.
+// Calls body(T{}) with T the element type of `dtype`, uint16_t for bfloat16.
 template <class Body>
 void dispatch_dtype(int64_t dtype, const char* where, Body&& body) {
   switch (dtype) {
@@ -14,8 +14,10 @@ void dispatch_dtype(int64_t dtype, const char* where, Body&& body) {
       return body(float{});
     case LMTFAST_FLOAT64:
       return body(double{});
+    case LMTFAST_BFLOAT16:
+      return body(uint16_t{});
     default:
-      throw_invalid("dtype 0 (float32) or 1 (float64)", dtype, where);
+      throw_invalid("dtype 0 (float32), 1 (float64) or 2 (bfloat16)", dtype, where);
   }
 }
 

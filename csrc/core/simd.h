@@ -32,6 +32,13 @@
 #define LMTFAST_TARGET_END _Pragma("GCC pop_options")
 #endif
 
+// Asks for a cache line before it is needed; any address will do.
+#if defined(__GNUC__) || defined(__clang__)
+#define LMTFAST_FETCH(address) __builtin_prefetch(address)
+#else
+#define LMTFAST_FETCH(address) static_cast<void>(address)
+#endif
+
 namespace lmtfast::simd {
 
 // A bfloat16 is the upper half of a float.

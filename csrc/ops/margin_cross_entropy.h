@@ -26,16 +26,19 @@
 #pragma once
 
 #include "core/dispatch.h"
+#include "core/element.h"
 
 namespace lmtfast {
 
+// T is the type of the logits and of their gradient: float, double, or uint16_t for bfloat16. All
+// else is Real<T>.
 template <class T>
 struct MarginCrossEntropy {
   const T* logits;
   const int64_t* target;
   const int64_t* row_index;
-  const T* rows;
-  const T* coefficient;
+  const Real<T>* rows;
+  const Real<T>* coefficient;
   int64_t n, k, u, logits_stride, rows_stride, num_threads;
   lmtfast_margin_member member;
 };
@@ -47,13 +50,14 @@ void validate(const MarginCrossEntropy<T>& problem);
 namespace cpu {
 
 template <class T>
-void margin_cross_entropy_forward(const MarginCrossEntropy<T>& problem, T* loss, T* dlogits,
-                                  T* scale, Isa isa = best_isa());
+void margin_cross_entropy_forward(const MarginCrossEntropy<T>& problem, Real<T>* loss,
+                                  Real<T>* dlogits, Real<T>* scale, Isa isa = best_isa());
 
 template <class T>
-void margin_cross_entropy_backward(const MarginCrossEntropy<T>& problem, const T* grad_loss,
-                                   const T* dlogits, const T* scale, T* grad_logits, T* grad_rows,
-                                   T* grad_coefficient, Isa isa = best_isa());
+void margin_cross_entropy_backward(const MarginCrossEntropy<T>& problem, const Real<T>* grad_loss,
+                                   const Real<T>* dlogits, const Real<T>* scale, T* grad_logits,
+                                   Real<T>* grad_rows, Real<T>* grad_coefficient,
+                                   Isa isa = best_isa());
 
 }  // namespace cpu
 }  // namespace lmtfast

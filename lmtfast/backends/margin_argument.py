@@ -6,7 +6,7 @@ A kernel believes its shapes, so a wrong one must end here.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def check_margin_problem(
 
 
 def check_tensor(
-    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    tensor: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Refuse a tensor of another shape, dtype or device."""
     if tensor.device == device and tensor.dtype is dtype and tensor.shape == shape:
@@ -59,7 +59,9 @@ def check_tensor(
     if tensor.dtype != dtype:
         raise DtypeError(str(dtype), str(tensor.dtype), name, "cast it")
     if tensor.shape != shape:
-        raise ShapeError(f"shape {shape}", str(tuple(tensor.shape)), name, "reshape or slice it")
+        raise ShapeError(
+            f"shape {tuple(shape)}", str(tuple(tensor.shape)), name, "reshape or slice it"
+        )
     remedy = "move it there, or drop backend= to have one chosen"
     raise BackendUnavailableError(f"a tensor on {device}", str(tensor.device), name, remedy)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which margin backend runs: native on a CPU where it is built, else the reference."""
+"""Which margin backend runs: the first automatic one that takes the problem, or the reference."""
 
 from __future__ import annotations
 
@@ -9,51 +9,36 @@ from types import ModuleType
 
 from torch import Tensor
 
-from lmtfast.backends import available_backends, margin_reference, providing
-from lmtfast.errors import ArgumentError, BackendUnavailableError
+from lmtfast.backends import AUTOMATIC, available_backends, margin_reference, providing
 
 
 @functools.cache
-def native_module() -> tuple[ModuleType | None, str]:
-    """The native margin backend, or None with the reason it cannot be used."""
-    try:
-        native = importlib.import_module("lmtfast.backends.native")
-    except ImportError as error:
-        return None, f"the extension is not built ({error})"
-    usable, reason = native.available()
-    if usable and not hasattr(native, "margin_forward"):
-        return None, "the extension has no margin losses"
-    return (native, reason) if usable else (None, reason)
+def margin_module(name: str) -> tuple[ModuleType | None, str]:
+    """The module of a compiled backend with margin losses, or None, with the reason.
+
+    Remembered, because probing takes longer than a small loss.
+    """
+    status = available_backends()[name]
+    if not status.available:
+        return None, status.reason
+    module = importlib.import_module(f"lmtfast.backends.{name}")
+    if not hasattr(module, "margin_forward"):
+        return None, f"it runs {status.provides} only"
+    return module, status.reason
 
 
 def choose_margin_backend(logits: Tensor, member: str, requested: str | None = None) -> ModuleType:
-    """The module whose two margin functions to use; a requested one never falls back."""
+    """The module whose two margin functions to use.
+
+    A requested one never falls back: it refuses by itself what it does not take. Where none is
+    requested, a device, dtype or formula that no compiled backend has goes to the reference.
+    """
     if requested == "reference":
         return margin_reference
-    if requested not in (None, "native"):
-        if requested in available_backends():
-            return providing(requested, "margin_forward", "the margin losses")
-        raise ArgumentError(
-            "backend None, 'native' or 'reference', or a registered one",
-            repr(requested),
-            "margin_cross_entropy(backend=)",
-            "name one of these, or leave backend out to have one chosen.",
-        )
-    native, reason = native_module()
-    if native is not None:
-        if logits.device.type != "cpu":
-            reason, native = f"it computes on the CPU, the logits are on {logits.device}", None
-        elif logits.dtype not in native.DTYPES:
-            reason, native = f"it takes float32 and float64 logits, not {logits.dtype}", None
-        elif member not in native.MEMBERS:
-            reason, native = f"it has no '{member}' loss", None
-    if native is not None:
-        return native
-    if requested == "native":
-        raise BackendUnavailableError(
-            "the native backend",
-            f"unavailable: {reason}",
-            "margin_cross_entropy(backend='native')",
-            "drop backend='native' to use the reference implementation.",
-        )
+    if requested is not None:
+        return providing(requested, "margin_forward", "the margin losses")
+    for name in AUTOMATIC.get(logits.device.type, ()):
+        module, _ = margin_module(name)
+        if module is not None and logits.dtype in module.DTYPES and member in module.MEMBERS:
+            return module
     return margin_reference

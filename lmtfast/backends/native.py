@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmtfast.backends import pair_norm
+from lmtfast.backends.margin_argument import (
+    check_margin_problem,
+    check_tensor,
+    with_unit_columns,
+)
 from lmtfast.backends.native_spectral import STEPS, compose, spectral_step, spectral_vjp
-from lmtfast.errors import ArgumentError, BackendUnavailableError, DtypeError, ShapeError
+from lmtfast.errors import ArgumentError, BackendUnavailableError, ShapeError
 
 __all__ = [
-    "STEPS", "available", "compose", "margin_backward", "margin_forward", "spectral_step",
-    "spectral_vjp",
+    "STEPS", "available", "compose", "margin_backward", "margin_forward", "pair_norm_forward",
+    "pair_norm_vjp", "spectral_step", "spectral_vjp",
 ]  # fmt: skip
 
 # Imported after torch on purpose: both then share one OpenMP runtime and its warm threads.
@@ -28,7 +34,8 @@ else:
         _unavailable = f"the compiled core has ABI version {_C.ABI_VERSION}, this package needs 2"
 
 MEMBERS = {"lmt": 0, "lmt++": 1, "emma": 2, "gloro": 3}
-DTYPES = {torch.float32: 0, torch.float64: 1}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+CPU = torch.device("cpu")
 
 
 def available() -> tuple[bool, str]:
@@ -53,16 +60,16 @@ def margin_forward(
 
     Args:
         member: ``"lmt"``, ``"lmt++"``, ``"emma"`` or ``"gloro"``.
-        logits: Class scores. Shape ``(N, K)``, float32 or float64, CPU; row strides are free.
+        logits: Class scores. Shape ``(N, K)``, bfloat16, float32 or float64, CPU; strides are free.
         target: True classes. Shape ``(N,)``, int64 in ``[0, K)``.
         row_index: Row of ``rows`` for each sample's reference class. Shape ``(N,)``, int64.
-        rows: Pair norms. Shape ``(U, K)``, the logits' dtype.
-        coefficient: ``eps * L``, in logit units per pair norm. Shape ``(N,)``, the logits' dtype.
+        rows: Pair norms. Shape ``(U, K)``, float32, or float64 for float64 logits.
+        coefficient: ``eps * L``, in logit units per pair norm. Shape ``(N,)``, as ``rows``.
 
     Returns:
-        loss ``(N,)``, dlogits ``(N, K)`` (derivative of each loss), scale ``(N,)`` (the factor of
-        ``"lmt++"``, the extra class's probability for ``"gloro"``, else one). Sums are accumulated
-        in float64.
+        In the dtype of ``rows``: loss ``(N,)``, dlogits ``(N, K)`` (derivative of each loss), scale
+        ``(N,)`` (the factor of ``"lmt++"``, the extra class's probability for ``"gloro"``, else
+        one). Sums are accumulated in float64.
 
     Raises:
         ShapeError, DtypeError, ArgumentError: An argument is not as described.
@@ -83,7 +90,7 @@ def margin_forward(
         0.6931
     """
     problem, kept = _problem(member, logits, target, row_index, rows, coefficient)
-    dlogits = torch.empty_like(kept[0], memory_format=torch.contiguous_format)
+    dlogits = rows.new_empty(logits.shape)
     loss, scale = torch.empty_like(kept[-1]), torch.empty_like(kept[-1])
     _call(problem.forward, loss, dlogits, scale)
     return loss, dlogits, scale
@@ -107,15 +114,106 @@ def margin_backward(
     Same errors and the same guarantee as :func:`margin_forward`.
     """
     problem, kept = _problem(member, logits, target, row_index, rows, coefficient)
-    _check(dlogits, "dlogits", logits.shape, logits.dtype)
-    _check(scale, "scale", target.shape, logits.dtype)
-    _check(grad_loss, "grad_loss", target.shape, logits.dtype)
+    check_tensor(dlogits, "dlogits", logits.shape, rows.dtype, CPU)
+    check_tensor(scale, "scale", target.shape, rows.dtype, CPU)
+    check_tensor(grad_loss, "grad_loss", target.shape, rows.dtype, CPU)
     dlogits, scale, grad_loss = dlogits.contiguous(), scale.contiguous(), grad_loss.contiguous()
-    grad_logits = torch.empty_like(dlogits)
+    grad_logits = logits.new_empty(logits.shape)
     grad_rows = torch.empty_like(kept[3], memory_format=torch.contiguous_format)
     grad_coefficient = torch.empty_like(kept[-1])
     _call(problem.backward, grad_loss, dlogits, scale, grad_logits, grad_rows, grad_coefficient)
     return grad_logits, grad_rows, grad_coefficient
+
+
+def pair_norm_forward(weight: Tensor, classes: Tensor | None) -> Tensor:
+    """``||w_c - w_j||`` from the rows ``classes`` of a head to all its rows.
+
+    float32 and bfloat16 heads: products of rows minus row 0, and exact differences wherever they
+    cancel or K <= 32, so the relative error of every norm is below about 1e-5; float64 and float16
+    ones are left to :mod:`lmtfast.backends.pair_norm`. Takes the head's bytes once more as scratch.
+
+    Args:
+        weight: Shape ``(K, D)``, CPU; strides are free.
+        classes: Shape ``(U,)``, int64 in ``[0, K)``, or None for every row in order, at half the
+            cost.
+
+    Returns:
+        ``(U, K)``, float32 (float64 for float64), exactly 0 where a class meets itself.
+
+    Raises:
+        ShapeError, DtypeError, ArgumentError: An argument is not as described.
+        BackendUnavailableError: The compiled core is missing, or a tensor is not on the CPU.
+
+    Guarantee:
+        None: rounded to nearest. Bit-identical for every number of threads; exact squares where
+        they are integers below 2 ** 24.
+
+    Source:
+        Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, Proposition 2.
+
+    Example:
+        >>> import torch
+        >>> pair_norm_forward(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([1]))
+        tensor([[5., 0.]])
+    """
+    head = _head(weight, classes)
+    if head is None:
+        return pair_norm.pair_norm_forward(weight, classes)
+    problem, _, (u, k) = head
+    norms = torch.empty(u, k, dtype=torch.float32)
+    _call(problem.forward, norms, num_threads=torch.get_num_threads())
+    return norms
+
+
+def pair_norm_vjp(weight: Tensor, classes: Tensor | None, norms: Tensor, grad: Tensor) -> Tensor:
+    """Gradient to ``weight`` ``(K, D)``, in its dtype, of ``<grad, norms>``.
+
+    Takes the arguments of :func:`pair_norm_forward`, its result, and ``grad`` of the same shape and
+    dtype. A pair at distance 0 contributes 0. Same errors and guarantee.
+    """
+    head = _head(weight, classes)
+    if head is None:
+        return pair_norm.pair_norm_vjp(weight, classes, norms, grad)
+    problem, _, shape = head
+    check_tensor(norms, "norms", shape, torch.float32, CPU)
+    check_tensor(grad, "grad", shape, torch.float32, CPU)
+    grad_weight = weight.new_empty(weight.shape)
+    kept = norms.contiguous(), grad.contiguous()
+    _call(problem.vjp, *kept, grad_weight, num_threads=torch.get_num_threads())
+    return grad_weight
+
+
+def _head(
+    weight: Tensor, classes: Tensor | None
+) -> tuple[Any, tuple[Tensor | None, ...], tuple[int, int]] | None:
+    """The checked problem, the tensors it points into, and the shape of its norms.
+
+    None for a head of a type that the compiled core does not take.
+    """
+    if _unavailable:
+        raise _missing()
+    if weight.ndim != 2:
+        got = str(tuple(weight.shape))
+        raise ShapeError("shape (K, D)", got, "head_weight", "pass one row per class")
+    check_tensor(weight, "head_weight", weight.shape, weight.dtype, CPU)
+    if classes is not None:
+        check_tensor(classes, "classes", (classes.numel(),), torch.int64, CPU)
+        classes = classes.contiguous()
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    kept = with_unit_columns(weight)
+    k, d = kept.shape
+    u = k if classes is None else len(classes)
+    address = 0 if classes is None else classes.data_ptr()
+    code = DTYPES[kept.dtype]
+    problem = _C.PairNorm(code, k, d, u, kept.stride(0), kept.data_ptr(), address)
+    return problem, (kept, classes), (u, k)
+
+
+def _missing() -> BackendUnavailableError:
+    return BackendUnavailableError(
+        "the compiled core lmtfast._C", _unavailable, "backend 'native'", "reinstall lmtfast"
+    )
 
 
 def _problem(
@@ -128,29 +226,17 @@ def _problem(
 ) -> tuple[Any, tuple[Tensor, ...]]:
     """The checked problem, and the tensors it points into: they must outlive the call."""
     if _unavailable:
-        raise BackendUnavailableError(
-            "the compiled core lmtfast._C", _unavailable, "backend 'native'", "reinstall lmtfast"
-        )
-    if member not in MEMBERS:
-        raise ArgumentError(f"one of {sorted(MEMBERS)}", repr(member), "member", "pick one of them")
-    if logits.dtype not in DTYPES:
-        remedy = "cast half-precision logits to float32 first"
-        raise DtypeError("float32 or float64", str(logits.dtype), "logits", remedy)
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        got = str(tuple(logits.shape))
-        raise ShapeError("shape (N, K) with K >= 1", got, "logits", "pass a batch of class scores")
-    n, k = logits.shape
-    u = rows.shape[0] if rows.ndim == 2 else 0
-    _check(logits, "logits", (n, k), logits.dtype)
-    _check(target, "target", (n,), torch.int64)
-    _check(row_index, "row_index", (n,), torch.int64)
-    _check(rows, "rows", (u, k), logits.dtype)
-    _check(coefficient, "coefficient", (n,), logits.dtype)
+        raise _missing()
+    check_margin_problem(
+        member, logits, target, row_index, rows, coefficient,
+        members=MEMBERS, dtypes=DTYPES, device=CPU,
+    )  # fmt: skip
+    (n, k), u = logits.shape, rows.shape[0]
     kept = (
-        _with_unit_columns(logits),
+        with_unit_columns(logits),
         target.contiguous(),
         row_index.contiguous(),
-        _with_unit_columns(rows),
+        with_unit_columns(rows),
         coefficient.contiguous(),
     )
     strides = kept[0].stride(0), kept[3].stride(0)
@@ -167,28 +253,10 @@ def _problem(
     return problem, kept
 
 
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.is_cpu and tensor.dtype is dtype and tensor.shape == shape:
-        return
-    if tensor.dtype != dtype:
-        raise DtypeError(str(dtype), str(tensor.dtype), name, "cast it")
-    if tensor.shape != shape:
-        raise ShapeError(f"shape {shape}", str(tuple(tensor.shape)), name, "reshape or slice it")
-    remedy = "move it to the CPU, or drop backend='native'"
-    raise BackendUnavailableError("a CPU tensor", str(tensor.device), name, remedy)
-
-
-def _with_unit_columns(matrix: Tensor) -> Tensor:
-    """The matrix itself where its rows are contiguous and do not overlap, else a copy."""
-    columns = matrix.shape[1]
-    fine = (columns == 1 or matrix.stride(1) == 1) and matrix.stride(0) >= columns
-    return matrix if fine else matrix.contiguous()
-
-
-def _call(function: Any, *tensors: Tensor) -> None:
+def _call(function: Any, *tensors: Tensor, **options: int) -> None:
     try:
-        function(*[tensor.data_ptr() for tensor in tensors])
+        function(*[tensor.data_ptr() for tensor in tensors], **options)
     except ValueError as error:
-        remedy = "check target and row_index"
+        remedy = "check target, row_index and classes"
         where = "native margin cross-entropy"
         raise ArgumentError("class and row indices in range", str(error), where, remedy) from error

@@ -72,7 +72,8 @@ def margin_cross_entropy(
         scaling: Member of the family, from the table above.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         trades_weight: Weight of the divergence in ``trades``; unused by the others.
-        backend: ``"native"`` or ``"reference"``; None chooses, and only then may fall back.
+        backend: Name of a backend with margin losses, such as ``"native"`` or ``"reference"``
+            (:func:`lmtfast.available_backends`); None chooses, and only then may fall back.
 
     Returns:
         Scalar, or (N,) for ``"none"``, float32 (float64 for float64 logits). NaN logits give NaN;

@@ -272,6 +272,48 @@ void test_threads_and_isas(lmtfast_margin_member member, double tolerance) {
   }
 }
 
+// Bfloat16 logits give what their values give in float, and a gradient rounded to bfloat16.
+void test_bfloat16(lmtfast_margin_member member) {
+  for (const Isa isa : kAllIsas) {
+    if (!isa_supported(isa)) continue;
+    for (const int64_t k : {1, 5, 33, 700}) {
+      auto c = random_case<float>(13, k, 4, member);
+      std::vector<uint16_t> logits(c.logits.size());
+      for (size_t i = 0; i < logits.size(); ++i) {
+        logits[i] = simd::narrow_bfloat16(c.logits[i]);
+        c.logits[i] = simd::widen_bfloat16(logits[i]);
+      }
+      auto wide = run(c, isa);
+      const MarginCrossEntropy<uint16_t> p{logits.data(),
+                                           c.target.data(),
+                                           c.row_index.data(),
+                                           c.rows.data(),
+                                           c.coefficient.data(),
+                                           c.n,
+                                           c.k,
+                                           c.u,
+                                           c.stride,
+                                           c.k,
+                                           2,
+                                           member};
+      validate(p);
+      Result<float> r(c);
+      Guarded<uint16_t> grad_logits(static_cast<size_t>(c.n * k));
+      cpu::margin_cross_entropy_forward(p, r.loss.data(), r.dlogits.data(), r.scale.data(), isa);
+      cpu::margin_cross_entropy_backward(p, c.grad_loss.data(), r.dlogits.data(), r.scale.data(),
+                                         grad_logits.data(), r.grad_rows.data(),
+                                         r.grad_coefficient.data(), isa);
+      CHECK(grad_logits.intact());
+      for (size_t i = 0; i < grad_logits.size(); ++i) {
+        CHECK(grad_logits[i] == simd::narrow_bfloat16(wide.grad_logits[i]));
+        r.grad_logits[i] = wide.grad_logits[i];
+      }
+      CHECK(r.intact());
+      CHECK(wide.equals(r));
+    }
+  }
+}
+
 template <class T>
 void test_all(double tolerance) {
   for (const Isa isa : kAllIsas) {
@@ -300,5 +342,8 @@ int main() {
   }
   test_all<float>(2e-6);
   test_all<double>(1e-13);
+  for (const auto member : {LMTFAST_LMT, LMTFAST_LMTPP, LMTFAST_EMMA, LMTFAST_GLORO}) {
+    test_bfloat16(member);
+  }
   return check::report();
 }

@@ -180,7 +180,8 @@ typedef enum lmtfast_margin_member {
   LMTFAST_GLORO = 3
 } lmtfast_margin_member;
 
-/* Inputs shared by the forward and the backward call. Floating buffers are of `dtype`. */
+/* Inputs shared by the forward and the backward call. Logits and their gradient are of `dtype`, all
+ * other floating buffers too, but float32 for bfloat16 logits. */
 typedef struct lmtfast_margin_cross_entropy {
   int64_t dtype;            /* lmtfast_dtype */
   int64_t member;           /* lmtfast_margin_member */
@@ -203,7 +204,7 @@ LMTFAST_API lmtfast_status lmtfast_margin_cross_entropy_forward(
     const lmtfast_margin_cross_entropy* problem, void* loss, void* dlogits, void* scale);
 
 /* From grad_loss (n) and the forward's dlogits and scale writes grad_logits (n, k), grad_rows (u,
- * k) and grad_coefficient (n). grad_logits may be dlogits itself. */
+ * k) and grad_coefficient (n). grad_logits may be dlogits itself, unless the logits are bfloat16. */
 LMTFAST_API lmtfast_status lmtfast_margin_cross_entropy_backward(
     const lmtfast_margin_cross_entropy* problem, const void* grad_loss, const void* dlogits,
     const void* scale, void* grad_logits, void* grad_rows, void* grad_coefficient);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/parallel.h"
@@ -19,10 +20,10 @@ namespace {
 constexpr int64_t kElementsPerThread = 8192;
 
 template <bool kFma, class T>
-LMTFAST_INLINE void forward_rows(const MarginCrossEntropy<T>& p, T* loss, T* dlogits, T* scale,
-                                 int64_t begin, int64_t end) {
+LMTFAST_INLINE void forward_rows(const MarginCrossEntropy<T>& p, Real<T>* loss, Real<T>* dlogits,
+                                 Real<T>* scale, int64_t begin, int64_t end, Real<T>* widened) {
   for (int64_t i = begin; i < end; ++i) {
-    const row::Row<T> sample = row::row_of(p, i);
+    const row::Row<Real<T>> sample = row::row_of(p, i, widened);
     if (p.member == LMTFAST_GLORO) {
       row::forward_row_gloro<kFma>(sample, loss + i, dlogits + i * p.k, scale + i);
     } else {
@@ -48,49 +49,51 @@ struct Groups {
 
 template <class T>
 struct Backward {
-  const T *grad_loss, *dlogits, *scale;
-  T *grad_logits, *grad_rows, *grad_coefficient;
+  const Real<T>*grad_loss, *dlogits, *scale;
+  T* grad_logits;
+  Real<T>*grad_rows, *grad_coefficient;
 };
 
 template <class T>
 LMTFAST_INLINE void backward_groups(const MarginCrossEntropy<T>& p, const Backward<T>& buffers,
                                     const int64_t* begin, const int64_t* sample, int64_t first,
-                                    int64_t last, double* gathered) {
+                                    int64_t last, double* gathered, Real<T>* widened) {
   for (int64_t r = first; r < last; ++r) {
-    T* out = buffers.grad_rows + r * p.k;
+    Real<T>* out = buffers.grad_rows + r * p.k;
     for (int64_t j = 0; j < p.k; ++j) gathered[j] = 0;
     for (int64_t s = begin[r]; s < begin[r + 1]; ++s) {
       const int64_t i = sample[s];
-      buffers.grad_coefficient[i] =
-          row::backward_row(p.member, row::row_of(p, i), buffers.grad_loss[i], buffers.scale[i],
-                            buffers.dlogits + i * p.k, buffers.grad_logits + i * p.k, gathered);
+      buffers.grad_coefficient[i] = row::backward_row(
+          p.member, row::row_of(p, i, widened), buffers.grad_loss[i], buffers.scale[i],
+          buffers.dlogits + i * p.k, buffers.grad_logits + i * p.k, gathered);
     }
-    for (int64_t j = 0; j < p.k; ++j) out[j] = static_cast<T>(gathered[j]);
+    for (int64_t j = 0; j < p.k; ++j) out[j] = static_cast<Real<T>>(gathered[j]);
   }
 }
 
 template <class T>
 struct Kernels {
-  void (*forward)(const MarginCrossEntropy<T>&, T*, T*, T*, int64_t, int64_t);
+  void (*forward)(const MarginCrossEntropy<T>&, Real<T>*, Real<T>*, Real<T>*, int64_t, int64_t,
+                  Real<T>*);
   void (*backward)(const MarginCrossEntropy<T>&, const Backward<T>&, const int64_t*, const int64_t*,
-                   int64_t, int64_t, double*);
+                   int64_t, int64_t, double*, Real<T>*);
 };
 
 // The bodies above are inlined into one pair of functions per instruction set; lambdas would lose
 // the target attribute.
-#define LMTFAST_KERNELS(name, attributes, fma)                                                  \
-  template <class T>                                                                            \
-  attributes void forward_##name(const MarginCrossEntropy<T>& p, T* loss, T* dlogits, T* scale, \
-                                 int64_t begin, int64_t end) {                                  \
-    forward_rows<fma>(p, loss, dlogits, scale, begin, end);                                     \
-  }                                                                                             \
-  template <class T>                                                                            \
-  attributes void backward_##name(const MarginCrossEntropy<T>& p, const Backward<T>& buffers,   \
-                                  const int64_t* begin, const int64_t* sample, int64_t first,   \
-                                  int64_t last, double* gathered) {                             \
-    backward_groups(p, buffers, begin, sample, first, last, gathered);                          \
-  }                                                                                             \
-  template <class T>                                                                            \
+#define LMTFAST_KERNELS(name, attributes, fma)                                                    \
+  template <class T>                                                                              \
+  attributes void forward_##name(const MarginCrossEntropy<T>& p, Real<T>* loss, Real<T>* dlogits, \
+                                 Real<T>* scale, int64_t begin, int64_t end, Real<T>* widened) {  \
+    forward_rows<fma>(p, loss, dlogits, scale, begin, end, widened);                              \
+  }                                                                                               \
+  template <class T>                                                                              \
+  attributes void backward_##name(const MarginCrossEntropy<T>& p, const Backward<T>& buffers,     \
+                                  const int64_t* begin, const int64_t* sample, int64_t first,     \
+                                  int64_t last, double* gathered, Real<T>* widened) {             \
+    backward_groups(p, buffers, begin, sample, first, last, gathered, widened);                   \
+  }                                                                                               \
+  template <class T>                                                                              \
   constexpr Kernels<T> k##name{forward_##name<T>, backward_##name<T>};
 
 #if defined(__FMA__) || defined(__aarch64__)
@@ -142,30 +145,42 @@ void validate(const MarginCrossEntropy<T>& p) {
 
 template void validate(const MarginCrossEntropy<float>&);
 template void validate(const MarginCrossEntropy<double>&);
+template void validate(const MarginCrossEntropy<uint16_t>&);
 
 namespace cpu {
 
+// Room for one row of logits per task, if they must be widened.
 template <class T>
-void margin_cross_entropy_forward(const MarginCrossEntropy<T>& p, T* loss, T* dlogits, T* scale,
-                                  Isa isa) {
+int64_t widened_size(const MarginCrossEntropy<T>& p) {
+  return std::is_same_v<T, Real<T>> ? 0 : p.k;
+}
+
+template <class T>
+void margin_cross_entropy_forward(const MarginCrossEntropy<T>& p, Real<T>* loss, Real<T>* dlogits,
+                                  Real<T>* scale, Isa isa) {
   const int64_t threads = choose_threads(p.num_threads, p.n * p.k, kElementsPerThread);
   const auto forward = kernels<T>(isa).forward;
   const int64_t tasks = std::min(threads, p.n);
+  const int64_t room = widened_size(p);
+  std::vector<Real<T>> widened(static_cast<size_t>(tasks * room));
   parallel_for(tasks, threads, [&](int64_t task) {
-    forward(p, loss, dlogits, scale, p.n * task / tasks, p.n * (task + 1) / tasks);
+    forward(p, loss, dlogits, scale, p.n * task / tasks, p.n * (task + 1) / tasks,
+            widened.data() + task * room);
   });
 }
 
 template <class T>
-void margin_cross_entropy_backward(const MarginCrossEntropy<T>& p, const T* grad_loss,
-                                   const T* dlogits, const T* scale, T* grad_logits, T* grad_rows,
-                                   T* grad_coefficient, Isa isa) {
+void margin_cross_entropy_backward(const MarginCrossEntropy<T>& p, const Real<T>* grad_loss,
+                                   const Real<T>* dlogits, const Real<T>* scale, T* grad_logits,
+                                   Real<T>* grad_rows, Real<T>* grad_coefficient, Isa isa) {
   const int64_t threads = choose_threads(p.num_threads, p.n * p.k, kElementsPerThread);
   const auto backward = kernels<T>(isa).backward;
   const Groups groups(p.row_index, p.n, p.u);
   const Backward<T> buffers{grad_loss, dlogits, scale, grad_logits, grad_rows, grad_coefficient};
   const int64_t tasks = std::min(threads, p.u);
+  const int64_t room = widened_size(p);
   std::vector<double> gathered(static_cast<size_t>(tasks * p.k));
+  std::vector<Real<T>> widened(static_cast<size_t>(tasks * room));
   // Ranges of pair-norm rows with equal work: their samples plus one for the row that is written.
   std::vector<int64_t> first(static_cast<size_t>(tasks) + 1, p.u);
   for (int64_t r = p.u - 1; r >= 0 && tasks > 0; --r) {
@@ -176,16 +191,19 @@ void margin_cross_entropy_backward(const MarginCrossEntropy<T>& p, const T* grad
   }
   parallel_for(tasks, threads, [&](int64_t task) {
     backward(p, buffers, groups.begin.data(), groups.sample.data(), first[task], first[task + 1],
-             gathered.data() + task * p.k);
+             gathered.data() + task * p.k, widened.data() + task * room);
   });
 }
 
-#define LMTFAST_INSTANTIATE(T)                                                                  \
-  template void margin_cross_entropy_forward(const MarginCrossEntropy<T>&, T*, T*, T*, Isa);    \
-  template void margin_cross_entropy_backward(const MarginCrossEntropy<T>&, const T*, const T*, \
-                                              const T*, T*, T*, T*, Isa);
+#define LMTFAST_INSTANTIATE(T)                                                                 \
+  template void margin_cross_entropy_forward(const MarginCrossEntropy<T>&, Real<T>*, Real<T>*, \
+                                             Real<T>*, Isa);                                   \
+  template void margin_cross_entropy_backward(const MarginCrossEntropy<T>&, const Real<T>*,    \
+                                              const Real<T>*, const Real<T>*, T*, Real<T>*,    \
+                                              Real<T>*, Isa);
 LMTFAST_INSTANTIATE(float)
 LMTFAST_INSTANTIATE(double)
+LMTFAST_INSTANTIATE(uint16_t)
 
 }  // namespace cpu
 }  // namespace lmtfast

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "core/vector_math.h"
 #include "ops/margin_cross_entropy.h"
@@ -25,9 +26,18 @@ struct Row {
   int32_t t, k;
 };
 
+// Sample i; `widened` (k) holds its logits where they are stored in less than they are computed in.
 template <class T>
-LMTFAST_INLINE Row<T> row_of(const MarginCrossEntropy<T>& p, int64_t i) {
-  return {p.logits + i * p.logits_stride, p.rows + p.row_index[i] * p.rows_stride, p.coefficient[i],
+LMTFAST_INLINE Row<Real<T>> row_of(const MarginCrossEntropy<T>& p, int64_t i, Real<T>* widened) {
+  const T* logits = p.logits + i * p.logits_stride;
+  const Real<T>* z = widened;
+  if constexpr (std::is_same_v<T, Real<T>>) {
+    z = logits;
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < p.k; ++j) widened[j] = widen(logits[j]);
+  }
+  return {z, p.rows + p.row_index[i] * p.rows_stride, p.coefficient[i],
           static_cast<int32_t>(p.target[i]), static_cast<int32_t>(p.k)};
 }
 
@@ -188,9 +198,9 @@ LMTFAST_INLINE void forward_row_gloro(const Row<T>& row, T* loss, T* dz, T* scal
 }
 
 // Adds row i's share to `gathered` (double, length k) and writes its two other gradients.
-template <class T>
+template <class T, class Z>
 LMTFAST_INLINE T backward_row(lmtfast_margin_member member, const Row<T>& row, T g, T scale,
-                              const T* dz, T* gz, double* gathered) {
+                              const T* dz, Z* gz, double* gathered) {
   double total = 0;
   const double gc = static_cast<double>(g) * static_cast<double>(row.c);
   if (member == LMTFAST_GLORO) {
@@ -219,7 +229,7 @@ LMTFAST_INLINE T backward_row(lmtfast_margin_member member, const Row<T>& row, T
     total *= static_cast<double>(scale);
   }
 #pragma omp simd
-  for (int32_t j = 0; j < row.k; ++j) gz[j] = g * dz[j];
+  for (int32_t j = 0; j < row.k; ++j) narrow(g * dz[j], gz + j);
   return static_cast<T>(static_cast<double>(g) * total);
 }
 

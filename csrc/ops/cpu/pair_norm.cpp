@@ -1,10 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Pair norms on the CPU: blocking, threads, and the order of accumulation.
-//
-// A product runs over groups of columns (a task each), rows in groups, depth in blocks
-// of kDepth, then register tiles. The left factor is packed once for all tasks, the right one once
-// per task; the results of a group of rows leave the cache once, as norms or gradients. All sums
-// have an order that no thread changes.
+// Pair norms on the CPU: what is multiplied, from which rows, and what becomes of the products.
 #include "ops/pair_norm.h"
 
 #include <algorithm>
@@ -13,17 +8,14 @@
 #include <vector>
 
 #include "core/buffer.h"
+#include "core/element.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "ops/cpu/product.h"
 
 namespace lmtfast {
 namespace {
 
-constexpr int64_t kColumnGroup = 96;  // a multiple of every panel
-constexpr int64_t kMaxColumns = 768;
-constexpr int64_t kPackedGroup = 1 << 18;  // floats of a packed group of columns, half a cache
-constexpr int64_t kSumsGroup = 3 << 15;    // floats of the sums of a group
-constexpr int64_t kDepth = 256;            // of a panel of 32 columns: 32 KB, the first-level cache
 constexpr int64_t kSumBlock = 256;
 constexpr int64_t kRatioBlock = 4096;
 constexpr int64_t kWorkPerThread = 1 << 18;  // multiplications, about 10 us
@@ -35,16 +27,9 @@ bool is_poor(double left, double both) {
   return !(left >= kClose * both && both >= kTiny && both <= kHuge);
 }
 
-LMTFAST_INLINE float widen(float x) { return x; }
-LMTFAST_INLINE float widen(uint16_t x) { return simd::widen_bfloat16(x); }
-
-void narrow(float x, float* y) { *y = x; }
-void narrow(float x, uint16_t* y) { *y = simd::narrow_bfloat16(x); }
-
 template <class W>
 struct Kernels {
-  int64_t tile_rows, panel;
-  void (*accumulate)(int64_t, const float*, const float*, float*, int64_t, const float*);
+  ProductTile tile;
   void (*pack_rows)(const W* const*, int64_t, int64_t, const float*, int64_t, float*);
   void (*pack_ratio_rows)(const float* const*, int64_t, int64_t, const float*, int64_t, float*);
   void (*pack_columns)(const W* const*, int64_t, int64_t, int64_t, const float*, int64_t, float*);
@@ -111,66 +96,6 @@ struct Head {
   int64_t class_of(int64_t i) const { return p.classes ? p.classes[i] : i; }
 };
 
-int64_t round_up(int64_t size, int64_t multiple) {
-  return (size + multiple - 1) / multiple * multiple;
-}
-
-// sums = A B for A (rows, depth), B (depth, columns), handed out in blocks:
-//   pack_left(row, count, to), pack_right(column, count, to): panels of the full depth
-//   finish(row, rows, column, columns, sums, stride)
-// Rows that `needed(end of the columns)` leaves out are not multiplied.
-template <class K, class PackLeft, class PackRight, class Needed, class Finish>
-void multiply(const K& kernel, int64_t rows, int64_t columns, int64_t depth, int64_t threads,
-              const PackLeft& pack_left, const PackRight& pack_right, const Needed& needed,
-              const Finish& finish) {
-  const int64_t panels = (rows + kernel.tile_rows - 1) / kernel.tile_rows;
-  // The last tile fetches ahead of a panel that is not there, but in its own memory.
-  Buffer<float> left((panels + 1) * kernel.tile_rows * depth);
-  parallel_for(panels, threads, [&](int64_t panel) {
-    const int64_t row = panel * kernel.tile_rows;
-    pack_left(row, std::min(kernel.tile_rows, rows - row), left.data() + row * depth);
-  });
-  // As wide as the cache allows, for a row is read and written in pieces of this width, but enough
-  // groups for the threads. No result depends on it.
-  const int64_t shared = round_up(columns / (2 * threads) + 1, kColumnGroup);
-  const int64_t cached = kPackedGroup / depth / kColumnGroup * kColumnGroup;
-  const int64_t width = std::clamp(std::min(shared, cached), kColumnGroup, kMaxColumns);
-  const int64_t height = round_up(std::min(rows, kSumsGroup / width), kernel.tile_rows);
-  const int64_t tasks = (columns + width - 1) / width;
-  const int64_t workers = std::min(threads, tasks);
-  Buffer<float> right(workers * width * depth);
-  Buffer<float> sums(workers * width * height);
-  // A worker takes every workers-th group of columns, so its buffers have one user.
-  parallel_for(workers, workers, [&](int64_t worker) {
-    float* packed = right.data() + worker * width * depth;
-    float* total = sums.data() + worker * width * height;
-    for (int64_t task = worker; task < tasks; task += workers) {
-      const int64_t begin = task * width;
-      const int64_t end = std::min(begin + width, columns);
-      for (int64_t j = begin; j < end; j += kernel.panel) {
-        pack_right(j, std::min(kernel.panel, end - j), packed + (j - begin) * depth);
-      }
-      const int64_t stop = needed(end);
-      for (int64_t i = 0; i < stop; i += height) {
-        const int64_t last = std::min(i + height, stop);
-        std::fill(total, total + width * round_up(last - i, kernel.tile_rows), 0.0f);
-        for (int64_t f = 0; f < depth; f += kDepth) {
-          const int64_t block = std::min(kDepth, depth - f);
-          for (int64_t j = begin; j < end; j += kernel.panel) {
-            const float* b = packed + (j - begin) * depth + f * kernel.panel;
-            for (int64_t r = i; r < last; r += kernel.tile_rows) {
-              const float* a = left.data() + r * depth + f * kernel.tile_rows;
-              kernel.accumulate(block, a, b, total + (r - i) * width + (j - begin), width,
-                                a + kernel.tile_rows * depth);
-            }
-          }
-        }
-        finish(i, last - i, begin, end - begin, total, width);
-      }
-    }
-  });
-}
-
 template <class W>
 void norms_from_differences(const Head<W>& head, float* norms) {
   const auto& p = head.p;
@@ -202,17 +127,18 @@ void norms_from_products(const Head<W>& head, float* norms) {
   const auto& p = head.p;
   const auto& kernel = head.kernel;
   const bool symmetric = p.classes == nullptr;
-  std::vector<double> left(static_cast<size_t>(round_up(p.u, kernel.tile_rows)));
-  std::vector<double> right(static_cast<size_t>(round_up(p.k, kernel.panel)));
+  std::vector<double> left(static_cast<size_t>(round_up(p.u, kernel.tile.rows)));
+  std::vector<double> right(static_cast<size_t>(round_up(p.k, kernel.tile.columns)));
   multiply(
-      kernel, p.u, p.k, p.d, head.threads,
+      kernel.tile, p.u, p.k, p.d, head.threads,
       [&](int64_t row, int64_t count, float* to) {
-        kernel.pack_rows(&head.table[row], count, kernel.tile_rows, head.centre.data(), p.d, to);
-        kernel.panel_squares(to, kernel.tile_rows, p.d, &left[row]);
+        kernel.pack_rows(&head.table[row], count, kernel.tile.rows, head.centre.data(), p.d, to);
+        kernel.panel_squares(to, kernel.tile.rows, p.d, &left[row]);
       },
       [&](int64_t column, int64_t count, float* to) {
-        kernel.pack_rows(&head.rows[column], count, kernel.panel, head.centre.data(), p.d, to);
-        kernel.panel_squares(to, kernel.panel, p.d, &right[column]);
+        kernel.pack_rows(&head.rows[column], count, kernel.tile.columns, head.centre.data(), p.d,
+                         to);
+        kernel.panel_squares(to, kernel.tile.columns, p.d, &right[column]);
       },
       [&](int64_t end) { return symmetric ? std::min(end, p.u) : p.u; },
       [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums,
@@ -316,14 +242,14 @@ void vjp_of_all_rows(const Head<W>& head, const float* norms, const float* grad,
     }
   });
   multiply(
-      kernel, p.k, p.d, p.k, head.threads,
+      kernel.tile, p.k, p.d, p.k, head.threads,
       [&](int64_t row, int64_t count, float* to) {
-        kernel.pack_ratio_columns(ratios.lines.data(), row, count, kernel.tile_rows,
+        kernel.pack_ratio_columns(ratios.lines.data(), row, count, kernel.tile.rows,
                                   ratios.zeros.data(), p.k, to);
       },
       [&](int64_t column, int64_t count, float* to) {
-        kernel.pack_columns(head.rows.data(), column, count, kernel.panel, head.centre.data(), p.k,
-                            to);
+        kernel.pack_columns(head.rows.data(), column, count, kernel.tile.columns,
+                            head.centre.data(), p.k, to);
       },
       [&](int64_t) { return p.k; },
       [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums,
@@ -348,14 +274,14 @@ void vjp_of_chosen_rows(const Head<W>& head, const float* norms, const float* gr
   const Ratios<W> ratios(head, norms, grad);
   Buffer<float> own(std::max<int64_t>(1, p.u * p.d));
   multiply(
-      kernel, p.u, p.d, p.k, head.threads,
+      kernel.tile, p.u, p.d, p.k, head.threads,
       [&](int64_t row, int64_t count, float* to) {
-        kernel.pack_ratio_rows(&ratios.lines[row], count, kernel.tile_rows, ratios.zeros.data(),
+        kernel.pack_ratio_rows(&ratios.lines[row], count, kernel.tile.rows, ratios.zeros.data(),
                                p.k, to);
       },
       [&](int64_t column, int64_t count, float* to) {
-        kernel.pack_columns(head.rows.data(), column, count, kernel.panel, head.centre.data(), p.k,
-                            to);
+        kernel.pack_columns(head.rows.data(), column, count, kernel.tile.columns,
+                            head.centre.data(), p.k, to);
       },
       [&](int64_t) { return p.u; },
       [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums,
@@ -373,14 +299,14 @@ void vjp_of_chosen_rows(const Head<W>& head, const float* norms, const float* gr
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
   for (int64_t i = 0; i < p.u; ++i) of_class[next[p.classes[i]]++] = i;
   multiply(
-      kernel, p.k, p.d, p.u, head.threads,
+      kernel.tile, p.k, p.d, p.u, head.threads,
       [&](int64_t row, int64_t count, float* to) {
-        kernel.pack_ratio_columns(ratios.lines.data(), row, count, kernel.tile_rows,
+        kernel.pack_ratio_columns(ratios.lines.data(), row, count, kernel.tile.rows,
                                   ratios.zeros.data(), p.u, to);
       },
       [&](int64_t column, int64_t count, float* to) {
-        kernel.pack_columns(head.table.data(), column, count, kernel.panel, head.centre.data(), p.u,
-                            to);
+        kernel.pack_columns(head.table.data(), column, count, kernel.tile.columns,
+                            head.centre.data(), p.u, to);
       },
       [&](int64_t) { return p.k; },
       [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums,

@@ -172,9 +172,7 @@ void add_difference(double factor, const W* a, const W* b, int64_t d, double* su
 }
 
 template <class W>
-constexpr Kernels<W> kKernels{kTileRows,
-                              kPanel,
-                              accumulate,
+constexpr Kernels<W> kKernels{{kTileRows, kPanel, accumulate},
                               pack_rows<W>,
                               pack_rows<float>,
                               pack_columns<W>,
