@@ -63,14 +63,13 @@ TAPES = tuple(f"lmtfast ({backend}) tape" for backend in BACKENDS)
 
 CASES = (
     # The bound step of whole networks, every engine and peer.
-    Case("bound", "wrn-10-1", BOTH, (*PEERS, "Gram iteration", *_library(*ENGINES)), ("quick",)),
+    Case("bound", "wrn-10-1", BOTH, ("per layer", *_library(*ENGINES)), ("quick",)),
     Case("bound", "wrn-16-4", BOTH, (*PEERS, "Gram iteration", *_library(*ENGINES)),
          ("cpu", "gpu")),
     Case("bound", "wrn-28-10", BOTH, (*PEERS, *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),
     Case("bound", "resnet-14", BOTH, ("per layer", *_library("auto")), ("quick",)),
     Case("bound", "resnet-50", BOTH, (*PEERS, *_library(*ENGINES)), ("cpu", "gpu"), share=2.0),
-    Case("bound", "l2w8", BOTH, ("LiResNet, 10 iterations", "LiResNet, 10 iterations, compiled",
-                                 *_library("symbol")), ("quick",)),
+    Case("bound", "l2w8", BOTH, (*PEERS, "Gram iteration", *_library("symbol")), ("quick",)),
     Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations",
          "LiResNet, 10 iterations, compiled", "LiResNet, 1 iteration", "per layer",
          *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),

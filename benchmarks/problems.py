@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ import lmtfast as lf
 from benchmarks.loss_peers import Distances, by_target_rows, extra_bytes, lmt_plus_plus
 from benchmarks.networks import NETWORKS, build_network, layers_of
 from lmtfast.errors import ArgumentError, BackendUnavailableError, DtypeError
+from lmtfast.tracing import TracedModel, trace_model
 
 EPS = 36 / 255
 
@@ -80,12 +82,18 @@ class BoundProblem:
         self.model = build_network(shape).to(device)
         self.layers = layers_of(self.model, self.network.input_shape)
 
+    @functools.cached_property
+    def traced(self) -> TracedModel:
+        return trace_model(self.model, self.network.input_shape)
+
     @functools.cache  # noqa: B019  (a problem lives as long as its case)
     def bound(self, engine: str, backend: str) -> BoundRunner:
-        """The library's runner; tracing takes seconds, so each is made once."""
+        """The library's runner, made once."""
         model = copy.deepcopy(self.model)
         shape = self.network.input_shape
-        bound = lf.NetworkBound(model, shape, engine=engine, backend=backend)
+        # Tracing takes seconds and depends on the architecture alone.
+        with mock.patch("lmtfast.estimation.trace_model", return_value=self.traced):
+            bound = lf.NetworkBound(model, shape, engine=engine, backend=backend)
         if backend != "reference" and not bound.plan.table.compiled:
             raise UnavailableError("it runs no step of this network; the reference would")
         return BoundRunner(self, engine, model, bound)
@@ -197,9 +205,9 @@ class LossRunner:
 class MarginLoss(LossRunner):
     """``lmtfast.margin_cross_entropy`` on one backend."""
 
-    def __init__(self, problem: LossProblem, backend: str) -> None:
+    def __init__(self, problem: LossProblem, backend: str, member: str = "lmt++") -> None:
         super().__init__(problem)
-        self.backend = backend
+        self.backend, self.member = backend, member
         features = self.parameters["features"]
         self.bound = lf.LipschitzBound(
             total=features, features=features, per_operator={}, level="estimate", delta=1.0,
@@ -209,11 +217,11 @@ class MarginLoss(LossRunner):
     def loss(self) -> Tensor:
         return lf.margin_cross_entropy(
             self.parameters["logits"], self.problem.target, self.bound, eps=EPS,
-            backend=self.backend,
+            scaling=self.member, backend=self.backend,
         )  # fmt: skip
 
     def clone(self) -> MarginLoss:
-        return MarginLoss(self.problem, self.backend)
+        return MarginLoss(self.problem, self.backend, self.member)
 
 
 class PlainLoss(LossRunner):

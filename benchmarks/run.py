@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class CaseRun:
         except UnavailableError as error:
             self.refused[name] = "not available", str(error)
         except Exception as error:
-            self.refused[name] = "failed", f"{type(error).__name__}: {_first_line(error)}"
+            self.refused[name] = "failed", f"{type(error).__name__}: {first_line(error)}"
         else:
             self.verdicts[name] = verdict
             if verdict.green:
@@ -95,7 +95,7 @@ class CaseRun:
             try:
                 samplers[name], clocks[name] = self.sampler(name, mode)
             except Exception as error:
-                self.refused[name] = "failed", f"{type(error).__name__}: {_first_line(error)}"
+                self.refused[name] = "failed", f"{type(error).__name__}: {first_line(error)}"
                 del self.runners[name]
         # The collector would stop whichever variant happens to run.
         gc.collect()
@@ -149,16 +149,16 @@ class CaseRun:
         return extra, memory_limit(self.problem)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The part of a message that fits into a table."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ""
 
 
 def run(
     cases: Sequence[Case], device: torch.device, ceilings: Ceilings, seconds: float
-) -> list[Row]:
-    """Rows of all cases, printed as they come; ``seconds`` of samples are shared out."""
-    rows: list[Row] = []
+) -> Iterator[list[Row]]:
+    """Rows of each case, printed as they come; ``seconds`` of samples are shared out."""
     shares = sum(case.share for case in cases)
     for case in cases:
         started = time.perf_counter()
@@ -166,12 +166,11 @@ def run(
         print(f"\n{case.name}: prepared in {time.perf_counter() - started:.1f} s", flush=True)
         for mode in case.modes:
             part = seconds * case.share / shares / len(case.modes)
-            new = prepared.rows(mode, ceilings, part)
-            print(text_table(new), end="", flush=True)
-            rows += new
+            rows = prepared.rows(mode, ceilings, part)
+            print(text_table(rows), end="", flush=True)
+            yield rows
         del prepared
         gc.collect()
-    return rows
 
 
 def chosen_cases(suite: str, only: str) -> list[Case]:
@@ -204,11 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head["copy"] = f"{ceilings.copy / 1e9:.1f} GB/s, read and written, measured"
     head["matmul"] = f"{ceilings.matmul / 1e9:.0f} GFLOP/s in {ceilings.label}, measured"
     print(*(f"{key}: {value}" for key, value in head.items()), sep="\n", flush=True)
-    rows = run(cases, device, ceilings, options.seconds)
-    head["seconds"] = f"{time.perf_counter() - started:.0f} for the whole run"
-    print(f"\n{head['seconds']}")
-    if options.out is not None:
-        write_rows(options.out / FILE, head, rows)
+    rows: list[Row] = []
+    for new in run(cases, device, ceilings, options.seconds):
+        rows += new
+        head["seconds"] = f"{time.perf_counter() - started:.0f} for the whole run"
+        if options.out is not None:
+            write_rows(options.out / FILE, head, rows)  # after every case: a limit may strike
+    print(f"\nseconds: {head['seconds']}")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ def test_plain_losses_are_the_library_definition(name, shape):
 def test_a_plain_loss_that_does_not_fit_says_so(monkeypatch):
     monkeypatch.setattr("benchmarks.problems.free_bytes", lambda device: 1 << 20)
     case = next(c for c in CASES if c.name == "loss 64 x 200 x 256")
+    case = dataclasses.replace(case, providers=("plain, (N, K, D) differences",))
     prepared = run.CaseRun(case, CPU)
     status, reason = prepared.refused["plain, (N, K, D) differences"]
     assert status == "not available"
@@ -316,6 +317,10 @@ def test_cases_name_what_exists():
 
 def test_the_quick_suite_runs_and_writes_its_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    case = next(c for c in CASES if c.name == "bound l2w8")
+    # Triton's interpreter, which the tests switch on, is no implementation to be timed.
+    case = dataclasses.replace(case, providers=tuple(p for p in case.providers if "tri" not in p))
+    monkeypatch.setattr(run, "CASES", (case,))
     out = tmp_path / "quick"
     arguments = ["--suite", "quick", "--seconds", "0", "--threads", "1", "--out", str(out)]
     run.main([*arguments, "--only", "l2w8"])
@@ -323,7 +328,6 @@ def test_the_quick_suite_runs_and_writes_its_file(tmp_path, capsys, monkeypatch)
     head, rows = read_rows(out / FILE)
     assert {"commit", "processor", "threads", "torch", "copy", "matmul"} <= set(head)
     assert head["threads"] == "1"
-    case = next(c for c in CASES if c.name == "bound l2w8")
     assert [(r["mode"], r["provider"]) for r in rows] == [
         (mode, name) for mode in case.modes for name in case.providers
     ]
