@@ -52,9 +52,10 @@ def _library(*engines: str) -> tuple[str, ...]:
 
 BOTH = ("forward", "gradient")
 PEERS = (
-    "per layer", "per layer, compiled", "LiResNet, 10 iterations", "LiResNet, 1 iteration",
-    "GloRo, 5 iterations", "torch spectral_norm",
+    "per layer", "LiResNet, 10 iterations", "LiResNet, 1 iteration", "GloRo, 5 iterations",
+    "torch spectral_norm",
 )  # fmt: skip
+COMPILED = ("per layer, compiled", "LiResNet, 10 iterations, compiled")
 PLAIN = ("plain, K x K Gram", "plain, N x K Gram rows", "plain, (N, K, D) differences")
 LOSSES = (*PLAIN, *(f"lmtfast ({backend})" for backend in BACKENDS))
 PAIRS = ("torch.cdist pairs", "plain, Gram rows pairs",
@@ -66,13 +67,14 @@ CASES = (
     Case("bound", "wrn-10-1", BOTH, ("per layer", *_library(*ENGINES)), ("quick",)),
     Case("bound", "wrn-16-4", BOTH, (*PEERS, "Gram iteration", *_library(*ENGINES)),
          ("cpu", "gpu")),
-    Case("bound", "wrn-28-10", BOTH, (*PEERS, *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),
+    Case("bound", "wrn-28-10", BOTH, (*PEERS, COMPILED[0], *_library(*ENGINES)), ("cpu", "gpu"),
+         share=3.0),
     Case("bound", "resnet-14", BOTH, ("per layer", *_library("auto")), ("quick",)),
     Case("bound", "resnet-50", BOTH, (*PEERS, *_library(*ENGINES)), ("cpu", "gpu"), share=2.0),
-    Case("bound", "l2w8", BOTH, (*PEERS, "Gram iteration", *_library("symbol")), ("quick",)),
-    Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations",
-         "LiResNet, 10 iterations, compiled", "LiResNet, 1 iteration", "per layer",
-         *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),
+    Case("bound", "l2w8", BOTH, (*PEERS, *COMPILED, "Gram iteration", *_library("symbol")),
+         ("quick",)),
+    Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations", "LiResNet, 1 iteration", COMPILED[1],
+                                    "per layer", *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),
     # Cost against image size.
     *(Case("bound", f"wrn-28-10 at {size}", ("forward",),
            ("per layer", *_library("symbol", "auto")), ("cpu", "gpu")) for size in (64, 128)),

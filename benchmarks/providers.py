@@ -47,6 +47,7 @@ class Provider:
         make: Its runner for a problem.
         backend: The registered backend it needs, or None.
         capturable: Whether a CUDA graph can hold its step.
+        copies: Whether it may be built many times for one case; compiling takes too long for that.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Provider:
     make: Callable[[Any], Runner]
     backend: str | None = None
     capturable: bool = True
+    copies: bool = True
 
     def runner(self, problem: Any) -> Runner:
         """The runner; raises :class:`UnavailableError` with the reason."""
@@ -75,11 +77,11 @@ def _library_bound(engine: str, backend: str) -> Provider:
     return Provider(f"lmtfast {engine} ({backend})", "bound", engine, make, backend)
 
 
-def _peer(name: str, peer: type[peers.Peer], quantity: str, *, capturable: bool = True) -> Provider:
+def _peer(name: str, peer: type[peers.Peer], quantity: str, **traits: bool) -> Provider:
     def make(problem: BoundProblem) -> Runner:
         return peer(problem.model, problem.layers)
 
-    return Provider(name, "bound", quantity, make, capturable=capturable)
+    return Provider(name, "bound", quantity, make, **traits)
 
 
 def _library_loss(backend: str) -> Provider:
@@ -127,10 +129,12 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         *(_library_bound(engine, backend) for engine in ENGINES for backend in BACKENDS),
         _peer("per layer", peers.PerLayer, "operator"),
-        _peer("per layer, compiled", peers.CompiledPerLayer, "operator"),
+        _peer("per layer, compiled", peers.CompiledPerLayer, "operator", copies=False),
         _peer("LiResNet, 10 iterations", peers.LiResNet, "operator"),
         _peer("LiResNet, 1 iteration", peers.LiResNetOnce, "operator"),
-        _peer("LiResNet, 10 iterations, compiled", peers.CompiledLiResNet, "operator"),
+        _peer(
+            "LiResNet, 10 iterations, compiled", peers.CompiledLiResNet, "operator", copies=False
+        ),
         _peer("GloRo, 5 iterations", peers.GloRo, "operator", capturable=False),
         _peer("torch spectral_norm", peers.TorchSpectralNorm, "reshaped kernel"),
         _peer("Gram iteration", peers.GramIteration, "circular"),

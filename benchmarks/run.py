@@ -23,7 +23,7 @@ from benchmarks.gate import Verdict, judge
 from benchmarks.machine import Ceilings, header, measure_ceilings
 from benchmarks.memory import device_extra, measure_in_subprocess
 from benchmarks.problems import Runner, UnavailableError, reasons
-from benchmarks.providers import PROBLEMS, PROVIDERS
+from benchmarks.providers import PROBLEMS, PROVIDERS, Provider
 from benchmarks.report import FILE, Row, text_table, write_rows
 from benchmarks.timing import (
     Sampler,
@@ -43,6 +43,8 @@ class CaseRun:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
+        # Graphs of earlier cases count against the limit beyond which torch stops compiling.
+        torch.compiler.reset()
         self.problem: Any = PROBLEMS[case.op](case.shape, device)
         self.runners: dict[str, list[Runner]] = {}
         self.verdicts: dict[str, Verdict] = {}
@@ -54,7 +56,7 @@ class CaseRun:
         # One implementation that breaks must not hide the others: hence any exception.
         try:
             with reasons():
-                copies = self._copies(PROVIDERS[name].runner(self.problem))
+                copies = self._copies(PROVIDERS[name])
                 # The last copy: one that shares its data with another shows as wrong.
                 verdict = judge(copies[-1], self.device.type, self.case.modes)
         except UnavailableError as error:
@@ -68,8 +70,9 @@ class CaseRun:
             else:
                 self.refused[name] = "red", str(verdict)
 
-    def _copies(self, runner: Runner) -> list[Runner]:
-        if self.device.type == "cpu":
+    def _copies(self, provider: Provider) -> list[Runner]:
+        runner = provider.runner(self.problem)
+        if self.device.type == "cpu" or not provider.copies:
             return [runner]
         moved = work(self.problem, self.case.modes[0], "symbol")
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size

@@ -16,7 +16,11 @@ from benchmarks.gpu_check import Outcome, Stage, check, judged, stages, training
 from benchmarks.networks import NETWORKS, build_network, layers_of
 from benchmarks.peers import PerLayer
 from benchmarks.piggy_back import PiggyBack
+from benchmarks.problems import BoundProblem, UnavailableError
+from benchmarks.providers import PROVIDERS
 from benchmarks.report import Row, read_rows, write_rows
+from benchmarks.run import CaseRun
+from benchmarks.timing import graph_sampler
 
 CPU = torch.device("cpu")
 
@@ -67,7 +71,7 @@ def test_stages_fit_into_the_limits(tmp_path, monkeypatch, device, quick):
         assert bool(found.command) == (device == "cuda")
         assert found.command or found.reason
     if device == "cuda":
-        assert "-m gpu" in " ".join(next(s for s in every if s.name == "GPU tests").command)
+        assert any(s.command[-2:] == ("-m", "gpu") for s in every)
 
 
 def test_missing_tools_are_named(monkeypatch):
@@ -127,6 +131,32 @@ def test_the_summary_shows_ours_beside_the_first(tmp_path):
     assert list(training_lines(tmp_path / "training.csv")) == [
         "net: plain 20 ms (1.0000); auto 20.2 ms (1.0100)"
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in CASES if "quick" in c.suites], ids=lambda c: c.name)
+def test_what_runs_on_a_gpu_is_right_there(case):
+    prepared = CaseRun(case, torch.device("cuda"))
+    wrong = {n: why for n, why in prepared.refused.items() if why[0] != "not available"}
+    assert not wrong
+    assert prepared.runners
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["forward", "gradient"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
+def test_a_step_replays_in_a_graph(backend, mode):
+    problem = BoundProblem("wrn-10-1", torch.device("cuda"))
+    try:
+        runner = PROVIDERS[f"lmtfast auto ({backend})"].runner(problem)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    graph_sampler([getattr(runner, mode)])()
+    captured, eager = runner.bound.state.iterates.clone(), runner.clone()
+    assert torch.isfinite(captured).all()
+    torch.testing.assert_close(
+        runner.read(runner.forward()), eager.read(eager.forward()), rtol=1e-3, atol=0.0
+    )
 
 
 def test_riding_iterates_converge_to_the_norms_of_the_layers():
