@@ -93,7 +93,7 @@ def build_stage(device: str) -> Stage:
         environment["CUDACXX"] = nvcc
     name = f"build with nvcc, sm_{number}" if nvcc else "build without CUDA kernels: no nvcc"
     done = "Successfully installed lmtfast"
-    return Stage(name, (*pip, "--editable", "."), 110, "log.txt", done, environment)
+    return Stage(name, (*pip, "--editable", "."), 100, "log.txt", done, environment)
 
 
 def sanitizer_stage(tool: str, device: str, seconds: float) -> Stage:
@@ -128,7 +128,7 @@ def stages(device: str, quick: bool, out: Path) -> list[tuple[Stage, ...]]:
     if device == "cpu":
         chosen = {"of the floor": ("tests/test_benchmarks.py", "-k", "floor")}
     tests = [
-        Stage(f"tests {name}", (*pytest, *selection), 110, "tests.txt", r"\d+ passed")
+        Stage(f"tests {name}", (*pytest, *selection), 100, "tests.txt", r"\d+ passed")
         for name, selection in chosen.items()
     ]
     speed = module("run", *small, "--seconds", "1" if quick else "60", "--out", str(out))
@@ -140,12 +140,12 @@ def stages(device: str, quick: bool, out: Path) -> list[tuple[Stage, ...]]:
         (
             *tests,
             # Fills Triton's cache for the stages that follow.
-            Stage("every kernel once", module("kernel_tour"), 110, "log.txt", r": ran\b"),
+            Stage("every kernel once", module("kernel_tour"), 100, "log.txt", r": ran\b"),
         ),
-        (Stage("benchmark", speed, 160, "log.txt", "for the whole run"),),
+        (Stage("benchmark", speed, 150, "log.txt", "for the whole run"),),
         (Stage("training step", training, 90, "log.txt", r"plain +[\d.]+"),),
-        tuple(sanitizer_stage(tool, device, 100) for tool in TOOLS),
-        (Stage("profile", profile, 40, "log.txt", "launches"),),
+        tuple(sanitizer_stage(tool, device, 90) for tool in TOOLS),
+        (Stage("profile", profile, 30, "log.txt", "launches"),),
     ]  # fmt: skip
     if not quick:
         groups.append((Stage("training step, compiled", compiled, 120, "log.txt", r"[\d.]+x"),))
