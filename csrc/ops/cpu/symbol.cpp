@@ -5,8 +5,11 @@
 #include "ops/cpu/symbol.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <mutex>
 #include <numbers>
+#include <utility>
 
 #include "core/buffer.h"
 #include "core/parallel.h"
@@ -22,7 +25,7 @@ constexpr double kStalled = 1e-3;
 constexpr double kRoots[] = {1.0, 1.6180339887498949, 1.3247179572447461, 1.2207440846057596};
 // Weights of one tile: few enough to spread over many cores, and so many that a tile's sums, which
 // are as long as eight rows, are a small part of what it reads.
-constexpr int64_t kTileWeights = 1 << 19;
+constexpr int64_t kTileWeights = 1 << 21;
 constexpr int64_t kLeastTileRows = 64;
 constexpr int64_t kWeightsPerThread = 1 << 14;
 void norms(const SymbolRun& run, SymbolPart& part) {
@@ -34,78 +37,96 @@ void norms(const SymbolRun& run, SymbolPart& part) {
   for (int f = 0; f < kCandidates; ++f) part.values[f] = std::sqrt(squares[f]);
 }
 
-// Adds up the tiles of a part in the first one's sums, in order; returns its powers of two.
+// Adds up the tiles of a part in the first one's sums, in order.
 void reduce(SymbolRun& run, const SymbolPart& part) {
   SymbolTile& total = run.tiles[part.first_tile];
-  const int64_t blocks = run.ops[part.op].blocks;
   int top[kCandidates];
   std::copy_n(total.exponent, kCandidates, top);
   for (int64_t i = part.first_tile; i < part.end_tile; ++i) {
     for (int f = 0; f < kCandidates; ++f) top[f] = std::max(top[f], run.tiles[i].exponent[f]);
   }
+  if (part.end_tile == part.first_tile + 1) return;
   for (int64_t i = part.first_tile; i < part.end_tile; ++i) {
     const SymbolTile& tile = run.tiles[i];
-    float factor[kCandidates];
+    float factors[kCandidates];
     for (int f = 0; f < kCandidates; ++f) {
-      factor[f] = static_cast<float>(std::ldexp(1.0, tile.exponent[f] - top[f]));
+      factors[f] = static_cast<float>(std::ldexp(1.0, tile.exponent[f] - top[f]));
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int f = 0; f < kCandidates; ++f) {
-        const int64_t at = b * kPanelBlock + 2 * f * kBlock;
-        for (int j = 0; j < 2 * kBlock; ++j) {
-          const float share = factor[f] * tile.sums[at + j];
-          total.sums[at + j] = &tile == &total ? share : total.sums[at + j] + share;
-        }
-      }
-    }
+    panel_kernels(best_isa())
+        .add(tile.sums, run.ops[part.op].blocks, factors, &tile == &total, total.sums);
   }
   std::copy_n(top, kCandidates, total.exponent);
 }
 
-// W^H u of one candidate at every channel and tap, linear and in the order of the weights, and the
-// image's rows that the identity takes to the centre tap; all over the power of two of the sums.
-struct Taps {
-  Buffer<float> re, im;
-  double power;
+// The identity's share of A(w)^H u at a channel, over the power of two of the sums.
+struct Centre {
+  double re, im;
 
-  Taps(const SymbolRun& run, const SymbolPart& part)
-      : re(run.ops[part.op].blocks * kBlock), im(run.ops[part.op].blocks * kBlock), power(1.0) {}
-
-  void read(const SymbolRun& run, const SymbolPart& part, int f) {
+  Centre(const SymbolRun& run, const SymbolPart& part, int64_t channel, int f) : re(0.0), im(0.0) {
     const SymbolOperator& op = run.ops[part.op];
-    const SymbolTile& total = run.tiles[part.first_tile];
-    power = std::ldexp(1.0, total.exponent[f]);
-    read_column(total.sums, op.blocks, 2 * f, re.data());
-    read_column(total.sums, op.blocks, 2 * f + 1, im.data());
-    for (int64_t c = 0; c < op.row->channels; ++c) {
-      const float scale =
-          op.column_scale ? op.column_scale[part.group * op.row->channels + c] : 1.0f;
-      for (int64_t t = 0; t < op.spectrum.taps() && op.column_scale; ++t) {
-        re.data()[op.at(c, t)] *= scale;
-        im.data()[op.at(c, t)] *= scale;
-      }
-      if (part.centre && c < op.row->rows) {
-        double y[kPanelColumns];
-        image(run, part, c, y);
-        const double share = op.row->identity / power;
-        re.data()[op.at(c, op.centre)] += static_cast<float>(share * y[2 * f]);
-        im.data()[op.at(c, op.centre)] += static_cast<float>(share * y[2 * f + 1]);
-      }
-    }
+    if (!part.centre || channel >= op.row->rows) return;
+    double y[kPanelColumns];
+    image(run, part, channel, y);
+    const double share = std::ldexp(op.row->identity, -run.tiles[part.first_tile].exponent[f]);
+    re = share * y[2 * f];
+    im = share * y[2 * f + 1];
   }
 };
 
-// A candidate's vector A(w)^H u, unnormalised, at x (P C, 2).
-void gather(const SymbolOperator& op, const Taps& taps, const Complex* terms, int f, float* x) {
-  const int64_t channels = op.row->channels;
-  std::fill(x, x + 2 * op.width, 0.0f);
+// response_t = <u, W_t x>, the coefficients of the trigonometric polynomial in w.
+void respond(const SymbolRun& run, const SymbolPart& part, Complex* response) {
+  const SymbolOperator& op = run.ops[part.op];
+  Buffer<float> products(op.period * kPanelBlock);
+  panel_kernels(best_isa())
+      .correlate(run.tiles[part.first_tile].sums, part.panel, op.blocks, op.period,
+                 products.data());
+  op.sum_taps(products.data(), response);
   for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
-    float* block = x + 2 * op.spectrum.phase(t) * channels;
-    const float er = static_cast<float>(terms[t].re[f]), ei = static_cast<float>(terms[t].im[f]);
+    // The panel's x has been turned by exp(-i w . offset).
+    for (int f = 0; f < kCandidates; ++f) {
+      const double re = response[t].re[f], im = response[t].im[f];
+      response[t].re[f] = re * part.terms[t].re[f] + im * part.terms[t].im[f];
+      response[t].im[f] = im * part.terms[t].re[f] - re * part.terms[t].im[f];
+    }
+  }
+  if (!part.centre) return;
+  for (int64_t c = 0; c < op.row->channels; ++c) {
+    for (int f = 0; f < kCandidates; ++f) {
+      const float* x =
+          part.x + 2 * (f * op.width + op.spectrum.phase(op.centre) * op.row->channels + c);
+      const Centre share(run, part, c, f);
+      response[op.centre].re[f] += share.re * x[0] + share.im * x[1];
+      response[op.centre].im[f] += share.re * x[1] - share.im * x[0];
+    }
+  }
+}
+
+// A(w)^H u of all candidates at x[f] (P C, 2), over the power of two of the sums, which it turns.
+void gather(SymbolRun& run, const SymbolPart& part, const Complex* terms, float* const* x) {
+  const SymbolOperator& op = run.ops[part.op];
+  const int64_t channels = op.row->channels, n_taps = op.spectrum.taps();
+  float* sums = run.tiles[part.first_tile].sums;
+  Buffer<float> line(op.blocks * kBlock), turns(op.period * kPanelBlock);
+  op.repeat_terms(terms, turns.data());
+  panel_kernels(best_isa()).rotate(turns.data(), op.period, true, op.blocks, sums);
+  for (int k = 0; k < kPanelColumns; ++k) {
+    float* out = x[k / 2] + k % 2;
+    read_column(sums, op.blocks, k, line.data());
+    for (int64_t i = 0; i < op.width; ++i) out[2 * i] = 0.0f;
     for (int64_t c = 0; c < channels; ++c) {
-      const float re = taps.re.data()[op.at(c, t)], im = taps.im.data()[op.at(c, t)];
-      block[2 * c] += er * re + ei * im;
-      block[2 * c + 1] += er * im - ei * re;
+      const float scale = op.column_scale ? op.column_scale[part.group * channels + c] : 1.0f;
+      for (int64_t t = 0; t < n_taps; ++t) {
+        out[2 * (op.spectrum.phase(t) * channels + c)] += scale * line.data()[op.at(c, t)];
+      }
+    }
+  }
+  const Complex& e = terms[op.centre];
+  for (int64_t c = 0; c < channels && part.centre; ++c) {
+    for (int f = 0; f < kCandidates; ++f) {
+      const Centre share(run, part, c, f);
+      float* out = x[f] + 2 * (op.spectrum.phase(op.centre) * channels + c);
+      out[0] += static_cast<float>(e.re[f] * share.re + e.im[f] * share.im);
+      out[1] += static_cast<float>(e.re[f] * share.im - e.im[f] * share.re);
     }
   }
 }
@@ -135,36 +156,23 @@ void explore(const SymbolOperator& op, const double* before, const double* after
 // The new iterates of a group, from its tiles' sums.
 void advance(SymbolRun& run, SymbolPart& part) {
   const SymbolOperator& op = run.ops[part.op];
-  const int64_t channels = op.row->channels, axes = op.row->axes, n_taps = op.spectrum.taps();
+  const int64_t axes = op.row->axes;
   reduce(run, part);
-  std::vector<Complex> work(static_cast<size_t>(n_taps));
-  Taps taps(run, part);
-  for (int f = 0; f < kCandidates; ++f) {
-    taps.read(run, part, f);
-    for (int64_t t = 0; t < n_taps; ++t) {
-      const float* x = part.x + 2 * (f * op.width + op.spectrum.phase(t) * channels);
-      double re = 0.0, im = 0.0;
-      for (int64_t c = 0; c < channels; ++c) {
-        const double ar = taps.re.data()[op.at(c, t)], ai = taps.im.data()[op.at(c, t)];
-        const double xr = x[2 * c], xi = x[2 * c + 1];
-        re += ar * xr + ai * xi;
-        im += ar * xi - ai * xr;
-      }
-      work[t].re[f] = re;
-      work[t].im[f] = im;
-    }
-  }
+  std::vector<Complex> work(static_cast<size_t>(op.spectrum.taps()));
+  respond(run, part, work.data());
   Frequencies w;
   std::copy_n(&part.w[0][0], axes * kCandidates, &w[0][0]);
   op.spectrum.improve(work.data(), w);
   op.spectrum.terms(w, work.data());
   float* x[kCandidates];
-  double reached[kCandidates];
   for (int f = 0; f < kCandidates; ++f) {
     x[f] = run.call.new_state + op.slot(part.group, f) + 2 * axes;
-    taps.read(run, part, f);
-    gather(op, taps, work.data(), f, x[f]);
-    reached[f] = unit_length(x[f], 2 * op.width) * taps.power;
+  }
+  gather(run, part, work.data(), x);
+  double reached[kCandidates];
+  for (int f = 0; f < kCandidates; ++f) {
+    reached[f] =
+        std::ldexp(unit_length(x[f], 2 * op.width), run.tiles[part.first_tile].exponent[f]);
     if (part.values[f] > 0) reached[f] /= part.values[f];
     if (!(reached[f] > 0 && std::isfinite(reached[f]))) {
       for (int64_t a = 0; a < axes; ++a) w[a][f] = part.w[a][f];
@@ -268,10 +276,7 @@ int64_t place(SymbolRun& run, float* scratch, Complex* terms) {
     part.x = take(kCandidates * 2 * op.width);
     part.panel = take(op.blocks * kPanelBlock);
     part.images = take(op.row->rows * kPanelColumns);
-    if (op.row->identity != 0.0) {
-      part.centre = take(op.row->rows * kPanelColumns);
-      if (scratch) std::fill(part.centre, part.centre + op.row->rows * kPanelColumns, 0.0f);
-    }
+    if (op.row->identity != 0.0) part.centre = take(op.row->rows * kPanelColumns);
     part.terms = terms;
     if (terms) terms += op.spectrum.taps();
   }
@@ -295,26 +300,32 @@ void symbol_step(const SpectralStep& call) {
   Buffer<float> scratch(place(run, nullptr, nullptr));
   Buffer<Complex> terms(n_terms);
   place(run, scratch.data(), terms.data());
-  // The longest tiles first, so that threads end together.
+  // The longest tiles first, so that threads end together, and those of one group apart.
   std::vector<int64_t> order(run.tiles.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-  const auto cost = [&](int64_t i) {
+  const auto rank = [&](int64_t i) {
     const SymbolTile& tile = run.tiles[i];
-    return (tile.end - tile.begin) * run.ops[run.parts[tile.part].op].columns;
+    const SymbolPart& part = run.parts[tile.part];
+    return std::pair(-(tile.end - tile.begin) * run.ops[part.op].columns, i - part.first_tile);
   };
   std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
+                   [&](int64_t a, int64_t b) { return rank(a) < rank(b); });
+  // Whoever begins a group's first tile prepares the group; whoever ends its last one goes on with
+  // it while its sums are in the cache.
+  std::vector<std::once_flag> prepared(run.parts.size());
+  std::vector<std::atomic<int64_t>> passed(run.parts.size()), advanced(run.ops.size());
   const int64_t threads = choose_threads(call.threads, weights, kWeightsPerThread);
-  const auto n_parts = static_cast<int64_t>(run.parts.size());
-  parallel_for(n_parts, threads, [&](int64_t i) { prepare(run, run.parts[i]); });
-  parallel_for(static_cast<int64_t>(order.size()), threads,
-               [&](int64_t i) { pass(run, run.tiles[order[i]]); });
-  parallel_for(n_parts, threads, [&](int64_t i) {
-    norms(run, run.parts[i]);
-    if (call.new_state) advance(run, run.parts[i]);
+  parallel_for(static_cast<int64_t>(order.size()), threads, [&](int64_t i) {
+    SymbolTile& tile = run.tiles[order[i]];
+    SymbolPart& part = run.parts[tile.part];
+    const SymbolOperator& op = run.ops[part.op];
+    std::call_once(prepared[tile.part], [&] { prepare(run, part); });
+    pass(run, tile);
+    if (++passed[tile.part] < part.end_tile - part.first_tile) return;
+    norms(run, part);
+    if (call.new_state) advance(run, part);
+    if (++advanced[part.op] == op.row->groups) record(run, op);
   });
-  parallel_for(static_cast<int64_t>(run.ops.size()), threads,
-               [&](int64_t i) { record(run, run.ops[i]); });
 }
 
 }  // namespace lmtfast::cpu

@@ -26,6 +26,8 @@ struct SymbolOperator {
   int64_t width;            // P C
   int64_t centre;           // the identity's tap
   int64_t channel_step, tap_step;
+  // Blocks after which the taps of a weight row's entries repeat.
+  int64_t period;
   int64_t first_part = 0;
 
   // Entry of a weight row.
@@ -41,6 +43,10 @@ struct SymbolOperator {
     return static_cast<const char*>(weight->data) + first * weight_bytes();
   }
   void copy_weights(int64_t first, int64_t n, float* to) const;
+  // From a number per tap to one per entry of a weight row, `period` blocks of them, and the sums
+  // over entries of the same tap.
+  void repeat_terms(const Complex* terms, float* panel) const;
+  void sum_taps(const float* panel, Complex* terms) const;
 };
 
 // Where a step keeps what the gradient needs (csrc/ops/spectral.h).
@@ -92,9 +98,5 @@ void pass(const SymbolRun& run, SymbolTile& tile);
 void image(const SymbolRun& run, const SymbolPart& part, int64_t r, double (&y)[kPanelColumns]);
 // Divides x by its length, which it returns; zero stays zero.
 double unit_length(float* x, int64_t n);
-
-// Column k of a panel from, or to, consecutive entries.
-void write_column(const float* entries, int64_t blocks, int k, float* panel);
-void read_column(const float* panel, int64_t blocks, int k, float* entries);
 
 }  // namespace lmtfast::cpu

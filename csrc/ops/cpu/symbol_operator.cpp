@@ -35,7 +35,8 @@ SymbolOperator::SymbolOperator(const lmtfast_network& network, const lmtfast_ten
       width(phases(*row) * row->channels),
       centre(centre_tap(*row, which)),
       channel_step(weight->tap_major ? 1 : spectrum.taps()),
-      tap_step(weight->tap_major ? row->channels : 1) {}
+      tap_step(weight->tap_major ? row->channels : 1),
+      period(weight->tap_major ? blocks : std::min(spectrum.taps(), blocks)) {}
 
 void SymbolOperator::copy_weights(int64_t first, int64_t n, float* to) const {
   if (weight->dtype == LMTFAST_FLOAT32) {
@@ -48,15 +49,26 @@ void SymbolOperator::copy_weights(int64_t first, int64_t n, float* to) const {
   }
 }
 
-void write_column(const float* entries, int64_t blocks, int k, float* panel) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    std::copy_n(entries + b * kBlock, kBlock, panel + b * kPanelBlock + k * kBlock);
+void SymbolOperator::repeat_terms(const Complex* terms, float* panel) const {
+  for (int64_t n = 0; n < period * kBlock; ++n) {
+    const int64_t tap = n / tap_step % spectrum.taps();
+    float* at = panel + n / kBlock * kPanelBlock + n % kBlock;
+    for (int f = 0; f < kCandidates; ++f) {
+      at[2 * f * kBlock] = static_cast<float>(terms[tap].re[f]);
+      at[(2 * f + 1) * kBlock] = static_cast<float>(terms[tap].im[f]);
+    }
   }
 }
 
-void read_column(const float* panel, int64_t blocks, int k, float* entries) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    std::copy_n(panel + b * kPanelBlock + k * kBlock, kBlock, entries + b * kBlock);
+void SymbolOperator::sum_taps(const float* panel, Complex* terms) const {
+  std::fill(terms, terms + spectrum.taps(), Complex{});
+  for (int64_t n = 0; n < std::min(period * kBlock, columns); ++n) {
+    const float* at = panel + n / kBlock * kPanelBlock + n % kBlock;
+    Complex& sum = terms[n / tap_step % spectrum.taps()];
+    for (int f = 0; f < kCandidates; ++f) {
+      sum.re[f] += static_cast<double>(at[2 * f * kBlock]);
+      sum.im[f] += static_cast<double>(at[(2 * f + 1) * kBlock]);
+    }
   }
 }
 

@@ -11,7 +11,7 @@ namespace lmtfast::cpu {
 namespace {
 
 // Bytes of weights that stay in the cache between the two products.
-constexpr int64_t kCachedBytes = 384 << 10;
+constexpr int64_t kCachedBytes = 288 << 10;
 // A tile's sums are rescaled when the images outgrow their power of two by this many bits.
 constexpr int kHeadroom = 4;
 constexpr int kUnset = std::numeric_limits<int>::min();
@@ -87,27 +87,30 @@ void prepare(const SymbolRun& run, SymbolPart& part) {
     unit_length(x, 2 * op.width);
   }
   op.spectrum.terms(part.w, part.terms);
-  Buffer<float> re(op.blocks * kBlock), im(op.blocks * kBlock);
-  std::fill(re.data() + op.columns, re.data() + op.blocks * kBlock, 0.0f);
-  std::fill(im.data() + op.columns, im.data() + op.blocks * kBlock, 0.0f);
-  for (int f = 0; f < kCandidates; ++f) {
-    for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
-      const float* x = part.x + 2 * (f * op.width + op.spectrum.phase(t) * channels);
-      const float er = static_cast<float>(part.terms[t].re[f]);
-      const float ei = static_cast<float>(part.terms[t].im[f]);
-      for (int64_t c = 0; c < channels; ++c) {
-        const float zr = er * x[2 * c] - ei * x[2 * c + 1], zi = er * x[2 * c + 1] + ei * x[2 * c];
-        const float scale = op.column_scale ? op.column_scale[part.group * channels + c] : 1.0f;
-        re.data()[op.at(c, t)] = scale * zr;
-        im.data()[op.at(c, t)] = scale * zi;
-        if (part.centre && t == op.centre && c < rows) {
-          part.centre[c * kPanelColumns + 2 * f] = static_cast<float>(op.row->identity * zr);
-          part.centre[c * kPanelColumns + 2 * f + 1] = static_cast<float>(op.row->identity * zi);
-        }
+  Buffer<float> line(op.blocks * kBlock), terms(op.period * kPanelBlock);
+  std::fill(line.data() + op.columns, line.data() + op.blocks * kBlock, 0.0f);
+  for (int k = 0; k < kPanelColumns; ++k) {
+    const float* x = part.x + k / 2 * 2 * op.width + k % 2;
+    for (int64_t c = 0; c < channels; ++c) {
+      const float scale = op.column_scale ? op.column_scale[part.group * channels + c] : 1.0f;
+      for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
+        line.data()[op.at(c, t)] = scale * x[2 * (op.spectrum.phase(t) * channels + c)];
       }
     }
-    write_column(re.data(), op.blocks, 2 * f, part.panel);
-    write_column(im.data(), op.blocks, 2 * f + 1, part.panel);
+    write_column(line.data(), op.blocks, k, part.panel);
+  }
+  op.repeat_terms(part.terms, terms.data());
+  panel_kernels(best_isa()).rotate(terms.data(), op.period, false, op.blocks, part.panel);
+  if (!part.centre) return;
+  const Complex& e = part.terms[op.centre];
+  std::fill(part.centre, part.centre + rows * kPanelColumns, 0.0f);
+  for (int64_t c = 0; c < std::min(channels, rows); ++c) {
+    for (int f = 0; f < kCandidates; ++f) {
+      const float* x = part.x + 2 * (f * op.width + op.spectrum.phase(op.centre) * channels + c);
+      float* share = part.centre + c * kPanelColumns + 2 * f;
+      share[0] = static_cast<float>(op.row->identity * (e.re[f] * x[0] - e.im[f] * x[1]));
+      share[1] = static_cast<float>(op.row->identity * (e.re[f] * x[1] + e.im[f] * x[0]));
+    }
   }
 }
 
@@ -122,11 +125,13 @@ void pass(const SymbolRun& run, SymbolTile& tile) {
   alignas(64) float tail[kRowBlock * kBlock] = {};
   alignas(64) float coefficients[kRowBlock * kPanelColumns];
   std::fill(tile.exponent, tile.exponent + kCandidates, kUnset);
-  if (tile.sums) std::fill(tile.sums, tile.sums + op.blocks * kPanelBlock, 0.0f);
   for (int64_t begin = tile.begin; begin < tile.end; begin += height) {
     const int64_t rows = std::min(height, tile.end - begin);
     const int64_t first = (part.group * op.row->rows + begin) * op.columns;
-    const WeightRows weights{op.weight_at(first), op.columns, rows, whole};
+    WeightRows weights{op.weight_at(first), op.columns, rows, whole};
+    weights.next_rows = std::min(height, tile.end - begin - rows);
+    weights.next = weights.next_rows > 0 ? op.weight_at(first + rows * op.columns) : nullptr;
+    weights.adjoint_follows = tile.sums != nullptr;
     const WeightRows end{tail, kBlock, rows, rest > 0};
     for (int64_t r = 0; r < rows && rest > 0; ++r) {
       op.copy_weights(first + r * op.columns + whole * kBlock, rest, tail + r * kBlock);
@@ -137,8 +142,9 @@ void pass(const SymbolRun& run, SymbolTile& tile) {
     tail_kernels.multiply(end, part.panel + whole * kPanelBlock, images);
     if (!tile.sums) continue;
     scale_images(run, part, tile, begin, rows, coefficients);
-    kernels.multiply_adjoint(weights, coefficients, tile.sums);
-    tail_kernels.multiply_adjoint(end, coefficients, tile.sums + whole * kPanelBlock);
+    const bool fresh = begin == tile.begin;
+    kernels.multiply_adjoint(weights, coefficients, fresh, tile.sums);
+    tail_kernels.multiply_adjoint(end, coefficients, fresh, tile.sums + whole * kPanelBlock);
   }
   for (int& exponent : tile.exponent) exponent = exponent == kUnset ? 0 : exponent;
 }

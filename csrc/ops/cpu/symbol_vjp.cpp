@@ -101,7 +101,6 @@ void Term::column_scale_grad(double* grads) const {
   // Coefficients near one: the product with the weights then neither overflows nor vanishes.
   const int exponent = largest > 0 && std::isfinite(largest) ? std::ilogb(largest) : 0;
   Buffer<float> sums(op.blocks * kPanelBlock), line(2 * op.blocks * kBlock);
-  std::fill(sums.data(), sums.data() + op.blocks * kPanelBlock, 0.0f);
   alignas(64) float tail[kRowBlock * kBlock] = {}, coefficients[kRowBlock * kPanelColumns] = {};
   for (int64_t begin = 0; begin < rows; begin += kRowBlock) {
     const int64_t height = std::min<int64_t>(kRowBlock, rows - begin);
@@ -117,8 +116,8 @@ void Term::column_scale_grad(double* grads) const {
       }
     }
     kernels.multiply_adjoint({op.weight_at(first), op.columns, height, whole}, coefficients,
-                             sums.data());
-    tail_kernels.multiply_adjoint({tail, kBlock, height, rest > 0}, coefficients,
+                             begin == 0, sums.data());
+    tail_kernels.multiply_adjoint({tail, kBlock, height, rest > 0}, coefficients, begin == 0,
                                   sums.data() + whole * kPanelBlock);
   }
   const int64_t n_taps = op.spectrum.taps();

@@ -51,14 +51,31 @@ LMTFAST_INLINE void load(const Bfloat16* from, typename Simd<lanes>::Vector& to)
   }
 }
 
-// Entries of a row that are summed before they join the row's total, so that a long sum keeps its
-// digits and a stretch of the panel stays in the first cache for all rows.
+// Blocks that are summed before they join a row's total, so that a long sum keeps its digits and a
+// stretch of the panel stays in the first cache for all rows.
 constexpr int64_t kChunk = 32;
+// Rows fetched beside one register block.
+constexpr int kFetched = 3;
 
-// Blocks [begin, end) of `height` rows against `width` columns, added to totals[row][column][lane].
+template <class T>
+LMTFAST_INLINE void fetch([[maybe_unused]] const T* at) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(at, 0, 2);
+#endif
+}
+
+// A row of weights, or the last one: a fetch behind it would only cost time.
+template <class T>
+LMTFAST_INLINE const T* row_of(const void* data, int64_t stride, int64_t rows, int64_t r) {
+  return static_cast<const T*>(data) + (r < rows ? r : rows - 1) * stride;
+}
+
+// Blocks [begin, end) of `height` rows against `width` columns, added to totals[row][column][lane];
+// meanwhile the same blocks of the rows `ahead` are fetched.
 template <int lanes, class T, int height, int width>
 LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begin, int64_t end,
-                                  const float* panel, float* totals) {
+                                  const float* panel, const T* const (&ahead)[kFetched],
+                                  float* totals) {
   using Vector = typename Simd<lanes>::Vector;
   Vector sum[height][width];
 #pragma GCC unroll 4
@@ -67,6 +84,8 @@ LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begi
     for (int k = 0; k < width; ++k) sum[r][k] = Vector{};
   }
   for (int64_t b = begin; b < end; ++b) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kFetched; ++i) fetch(ahead[i] + b * kBlock);
 #pragma GCC unroll 4
     for (int s = 0; s < kBlock; s += lanes) {
       Vector w[height];
@@ -99,19 +118,32 @@ LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel,
   alignas(64) float totals[kRowBlock * kPanelColumns * lanes];
   for (int64_t i = 0; i < weights.rows * kPanelColumns * lanes; ++i) totals[i] = 0.0f;
   const T* data = static_cast<const T*>(weights.data);
+  const int64_t stride = weights.stride;
   for (int64_t begin = 0; begin < weights.blocks; begin += kChunk) {
     const int64_t end = begin + kChunk < weights.blocks ? begin + kChunk : weights.blocks;
     for (int k = 0; k < kPanelColumns; k += width) {
-      int64_t r = 0;
-      for (; r + height <= weights.rows; r += height) {
-        multiply_tile<lanes, T, height, width>(data + r * weights.stride, weights.stride, begin,
-                                               end, panel + k * kBlock,
-                                               totals + (r * kPanelColumns + k) * lanes);
-      }
-      for (; r < weights.rows; ++r) {
-        multiply_tile<lanes, T, 1, width>(data + r * weights.stride, weights.stride, begin, end,
-                                          panel + k * kBlock,
-                                          totals + (r * kPanelColumns + k) * lanes);
+      for (int64_t r = 0; r < weights.rows;) {
+        const T* ahead[kFetched];
+        for (int i = 0; i < kFetched; ++i) {
+          // Without a next block, and so no block before this one either: the rows after these.
+          const int64_t later = r + (weights.next ? i : height + i);
+          ahead[i] = weights.next ? row_of<T>(weights.next, stride, weights.next_rows, later)
+                                  : row_of<T>(data, stride, weights.rows, later);
+          // The other part is the adjoint's.
+          if (k > 0 || (weights.next && weights.adjoint_follows && i == kFetched - 1)) {
+            ahead[i] = data + r * stride;
+          }
+        }
+        float* total = totals + (r * kPanelColumns + k) * lanes;
+        if (r + height <= weights.rows) {
+          multiply_tile<lanes, T, height, width>(data + r * stride, stride, begin, end,
+                                                 panel + k * kBlock, ahead, total);
+          r += height;
+        } else {
+          multiply_tile<lanes, T, 1, width>(data + r * stride, stride, begin, end,
+                                            panel + k * kBlock, ahead, total);
+          r += 1;
+        }
       }
     }
   }
@@ -126,24 +158,39 @@ LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel,
 
 // `height` vectors of the panel against all rows, `width` columns at a time.
 template <int lanes, class T, int height, int width>
-LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coefficients,
-                                 int64_t first, float* panel) {
+LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coefficients, bool first,
+                                 int64_t vector, float* panel) {
   using Vector = typename Simd<lanes>::Vector;
   constexpr int64_t kPerBlock = kBlock / lanes;
-  const T* data = static_cast<const T*>(weights.data) + first * lanes;
+  const T* data = static_cast<const T*>(weights.data) + vector * lanes;
   float* at[height];
 #pragma GCC unroll 4
   for (int j = 0; j < height; ++j) {
-    at[j] = panel + (first + j) / kPerBlock * kPanelBlock + (first + j) % kPerBlock * lanes;
+    at[j] = panel + (vector + j) / kPerBlock * kPanelBlock + (vector + j) % kPerBlock * lanes;
   }
   for (int k0 = 0; k0 < kPanelColumns; k0 += width) {
     Vector sum[height][width];
 #pragma GCC unroll 4
     for (int j = 0; j < height; ++j) {
 #pragma GCC unroll 8
-      for (int k = 0; k < width; ++k) load<lanes>(at[j] + (k0 + k) * kBlock, sum[j][k]);
+      for (int k = 0; k < width; ++k) {
+        if (first) {
+          sum[j][k] = Vector{};
+        } else {
+          load<lanes>(at[j] + (k0 + k) * kBlock, sum[j][k]);
+        }
+      }
     }
+    // Every third row of the next block, spread over three rows of this one.
+    const T* ahead = data;
+    int turn = 0;
     for (int64_t r = 0; r < weights.rows; ++r) {
+      if (turn == 0 && weights.next && k0 == 0) {
+        ahead = row_of<T>(weights.next, weights.stride, weights.next_rows, r + kFetched - 1) +
+                vector * lanes;
+      }
+      fetch(ahead + turn * lanes);
+      turn = turn == kFetched - 1 ? 0 : turn + 1;
       Vector w[height];
 #pragma GCC unroll 4
       for (int j = 0; j < height; ++j) load<lanes>(data + r * weights.stride + j * lanes, w[j]);
@@ -165,29 +212,29 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
 }
 
 template <int lanes, class T, int height, int width>
-LMTFAST_INLINE void adjoint_rows(const WeightRows& weights, const float* coefficients,
+LMTFAST_INLINE void adjoint_rows(const WeightRows& weights, const float* coefficients, bool first,
                                  float* panel) {
   const int64_t vectors = weights.blocks * (kBlock / lanes);
   int64_t v = 0;
   for (; v + height <= vectors; v += height) {
-    adjoint_tile<lanes, T, height, width>(weights, coefficients, v, panel);
+    adjoint_tile<lanes, T, height, width>(weights, coefficients, first, v, panel);
   }
-  for (; v < vectors; ++v) adjoint_tile<lanes, T, 1, width>(weights, coefficients, v, panel);
+  for (; v < vectors; ++v) adjoint_tile<lanes, T, 1, width>(weights, coefficients, first, v, panel);
 }
 
 // Rows and columns per register block: accumulators, one vector per row and one of the panel fill
 // 32 registers, or 16.
-#define LMTFAST_PASS(name, attributes, lanes, height, width)                                      \
-  template <class T>                                                                              \
-  attributes void multiply_##name(const WeightRows& weights, const float* panel, float* images) { \
-    multiply_rows<lanes, T, height, width>(weights, panel, images);                               \
-  }                                                                                               \
-  template <class T>                                                                              \
-  attributes void adjoint_##name(const WeightRows& weights, const float* coefficients,            \
-                                 float* panel) {                                                  \
-    adjoint_rows<lanes, T, height, width>(weights, coefficients, panel);                          \
-  }                                                                                               \
-  template <class T>                                                                              \
+#define LMTFAST_PASS(name, attributes, lanes, height, width)                                       \
+  template <class T>                                                                               \
+  attributes void multiply_##name(const WeightRows& weights, const float* panel, float* images) {  \
+    multiply_rows<lanes, T, height, width>(weights, panel, images);                                \
+  }                                                                                                \
+  template <class T>                                                                               \
+  attributes void adjoint_##name(const WeightRows& weights, const float* coefficients, bool first, \
+                                 float* panel) {                                                   \
+    adjoint_rows<lanes, T, height, width>(weights, coefficients, first, panel);                    \
+  }                                                                                                \
+  template <class T>                                                                               \
   constexpr WeightPass k##name{multiply_##name<T>, adjoint_##name<T>};
 
 #if defined(__GNUC__) || defined(__clang__)
