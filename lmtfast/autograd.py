@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmtfast.backends import pair_norm
+from lmtfast.backends.margin_choice import choose_margin_backend
+from lmtfast.backends.margin_step import MarginProblem, MarginStep, margin_step, margin_vjp
 from lmtfast.engines.network import spectral_step, spectral_vjp
 from lmtfast.errors import ArgumentError
 
@@ -34,69 +35,38 @@ def refuse_second_order(node: str) -> None:
 
 
 class MarginCrossEntropy(torch.autograd.Function):
-    """Per-sample margin cross-entropy, differentiable once in logits, head weight and coefficient.
-
-    ``rows`` handed to the backend are the pair norms of the head's rows ``classes`` (None: all K),
-    times ``row_scale`` where given; without a head, ``row_scale`` alone. One node for both steps,
-    so that only the (U, K) rows are kept between forward and backward and the head's gradient is a
-    single product.
-    """
+    """Per-sample margin cross-entropy, differentiable once in logits, head and coefficient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,  # (N, K)
-        head_weight: Tensor | None,  # (K, D)
-        coefficient: Tensor,  # (N,)
-        target: Tensor,  # (N,)
-        classes: Tensor | None,  # (U,)
-        row_index: Tensor,  # (N,)
-        row_scale: Tensor | None,  # (U, K)
-        member: str,
-        backend: ModuleType,
-    ) -> Tensor:
-        norms = None
-        if head_weight is not None:
-            norms = _pair_norms(backend).pair_norm_forward(head_weight, classes)
-            norms = norms.to(coefficient.dtype)
-        if norms is None or row_scale is None:
-            rows = row_scale if norms is None else norms
-            assert rows is not None, "a margin needs a head or row_scale"
-        else:
-            rows = norms * row_scale
-        logits, coefficient = logits.contiguous(), coefficient.contiguous()
-        loss, dlogits, scale = backend.margin_forward(
-            member, logits, target, row_index, rows, coefficient
-        )
+    def forward(ctx: Any, member: str, backend: ModuleType, *tensors: Any) -> Tensor:
+        step = margin_step(backend, member, MarginProblem(*tensors))
         ctx.member, ctx.backend = member, backend
-        ctx.save_for_backward(
-            logits, head_weight, coefficient, target, classes, row_index,
-            row_scale, norms, rows, dlogits, scale,
-        )  # fmt: skip
-        return loss
+        ctx.save_for_backward(*tensors, *step[1:])
+        return step.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order("MarginCrossEntropy")
-        (logits, head_weight, coefficient, target, classes, row_index,
-         row_scale, norms, rows, dlogits, scale) = ctx.saved_tensors  # fmt: skip
-        grad_logits, grad_rows, grad_coefficient = ctx.backend.margin_backward(
-            ctx.member, logits, target, row_index, rows, coefficient, scale, dlogits,
-            grad_loss.contiguous(),
-        )  # fmt: skip
-        grad_weight = None
-        if head_weight is not None and ctx.needs_input_grad[1]:
-            grad_norms = grad_rows if row_scale is None else grad_rows * row_scale
-            dtype = pair_norm.pair_norm_dtype(head_weight)
-            grad_weight = _pair_norms(ctx.backend).pair_norm_vjp(
-                head_weight, classes, norms.to(dtype), grad_norms.to(dtype)
-            )
-        return grad_logits, grad_weight, grad_coefficient, None, None, None, None, None, None
+        n = len(MarginProblem._fields)
+        problem = MarginProblem(*ctx.saved_tensors[:n])
+        step = MarginStep(grad_loss, *ctx.saved_tensors[n:])
+        grad_logits, grad_coefficient, grad_head = margin_vjp(
+            ctx.backend, ctx.member, problem, step, grad_loss, head_wanted=ctx.needs_input_grad[3]
+        )
+        return None, None, grad_logits, grad_head, grad_coefficient, None, None, None, None
 
 
-def _pair_norms(backend: ModuleType) -> ModuleType:
-    """Where the pair norms come from: the backend, if it has them."""
-    return backend if hasattr(backend, "pair_norm_forward") else pair_norm
+def margin_loss(member: str, backend: str | None, problem: MarginProblem) -> Tensor:
+    """Loss per sample ``(N,)``, differentiable once in logits, head weight and coefficient.
+
+    While a graph is being compiled the step is an operator of torch, which tracing does not enter.
+    """
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.lmtfast.margin_cross_entropy(*problem, member, backend or "")[0]
+        return traced
+    chosen = choose_margin_backend(problem.logits, member, backend)
+    loss: Tensor = MarginCrossEntropy.apply(member, chosen, *problem)
+    return loss
 
 
 class SpectralNorms(torch.autograd.Function):

@@ -16,6 +16,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from lmtfast.backends.margin_choice import choose_margin_backend
+from lmtfast.backends.margin_step import MarginProblem, MarginStep, margin_step, margin_vjp
 from lmtfast.engines.network import rest_size, spectral_step, spectral_vjp
 from lmtfast.errors import StalePlanError
 
@@ -30,6 +32,16 @@ LIBRARY.define(
 LIBRARY.define(
     "spectral_vjp(Tensor[] tensors, Tensor saved, Tensor rest, Tensor grad_sigmas, str plan,"
     " bool[] wanted) -> Tensor[]"
+)
+
+_PROBLEM = (
+    "Tensor logits, Tensor? head_weight, Tensor coefficient, Tensor target, Tensor? classes,"
+    " Tensor row_index, Tensor? row_scale, str member, str backend"
+)
+LIBRARY.define(f"margin_cross_entropy({_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "margin_cross_entropy_vjp(Tensor grad_loss, Tensor dlogits, Tensor scale, Tensor norms,"
+    f" {_PROBLEM}) -> (Tensor, Tensor, Tensor)"
 )
 
 _PLANS: WeakValueDictionary[str, BoundPlan] = WeakValueDictionary()
@@ -140,12 +152,78 @@ def _backward(ctx: Any, grad_sigmas: Tensor, grad_values: Tensor, *_: Any) -> tu
     return found, None, None, None
 
 
+_FIELDS = len(MarginProblem._fields)
+
+
+def _margin(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (member, backend) = MarginProblem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    with _eager_dispatch(), torch.no_grad():
+        chosen = choose_margin_backend(problem.logits, member, backend or None)
+        step = margin_step(chosen, member, problem)
+    norms = step.loss.new_empty(0) if step.norms is None else step.norms
+    return step.loss, step.dlogits, step.scale, norms
+
+
+def _fake_margin(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = MarginProblem(*arguments[:_FIELDS])
+    (n, k), like = problem.logits.shape, problem.coefficient
+    u = k if problem.classes is None else problem.classes.shape[0]
+    norms = (0,) if problem.head_weight is None else (u, k)
+    return like.new_empty(n), like.new_empty(n, k), like.new_empty(n), like.new_empty(norms)
+
+
+def _margin_vjp(
+    grad_loss: Tensor, dlogits: Tensor, scale: Tensor, norms: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    problem, (member, backend) = MarginProblem(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    kept = None if problem.head_weight is None else norms
+    with _eager_dispatch(), torch.no_grad():
+        chosen = choose_margin_backend(problem.logits, member, backend or None)
+        grad_logits, grad_coefficient, grad_head = margin_vjp(
+            chosen, member, problem, MarginStep(grad_loss, dlogits, scale, kept), grad_loss,
+            head_wanted=True,
+        )  # fmt: skip
+    missing = grad_loss.new_empty(0)
+    return grad_logits, grad_coefficient, missing if grad_head is None else grad_head
+
+
+def _fake_margin_vjp(
+    grad_loss: Tensor, dlogits: Tensor, scale: Tensor, norms: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    problem = MarginProblem(*arguments[:_FIELDS])
+    head = problem.head_weight
+    return (
+        problem.logits.new_empty(problem.logits.shape), problem.coefficient.new_empty(scale.shape),
+        grad_loss.new_empty(0) if head is None else head.new_empty(head.shape),
+    )  # fmt: skip
+
+
+def _save_margin(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.names = inputs[_FIELDS:]
+    ctx.save_for_backward(*inputs[:_FIELDS], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _margin_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    grad_logits, grad_coefficient, grad_head = torch.ops.lmtfast.margin_cross_entropy_vjp(
+        grad_loss, *tensors[_FIELDS:], *tensors[:_FIELDS], *ctx.names
+    )
+    head = None if tensors[1] is None else grad_head
+    return grad_logits, head, grad_coefficient, *[None] * (_FIELDS - 3 + len(ctx.names))
+
+
 for _name, _kernel, _fake in (
     ("spectral_step", _step, _fake_step),
     ("spectral_vjp", _vjp, _fake_vjp),
+    ("margin_cross_entropy", _margin, _fake_margin),
+    ("margin_cross_entropy_vjp", _margin_vjp, _fake_margin_vjp),
 ):
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lmtfast::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd(
     "lmtfast::spectral_step", _backward, setup_context=_save, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "lmtfast::margin_cross_entropy", _margin_backward, setup_context=_save_margin, lib=LIBRARY
 )

@@ -13,6 +13,7 @@ from torch.library import opcheck
 
 import lmtfast as lf
 from lmtfast.backends import available_backends, steps
+from lmtfast.backends.margin_step import MarginProblem
 from lmtfast.errors import StalePlanError
 
 SHAPE = (3, 8, 8)
@@ -43,8 +44,8 @@ def bound_of(model: nn.Module, backend: str, engine: str) -> lf.NetworkBound:
 def objective(model: nn.Module, bound: lf.NetworkBound):
     def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         norms = bound()
-        clean = nn.functional.cross_entropy(model(x), y)
-        return clean + 0.1 * norms.total + 0.01 * norms.features
+        loss = lf.margin_cross_entropy(model(x), y, norms, eps=36 / 255)
+        return loss + 0.1 * norms.total + 0.01 * sum(norms.per_operator.values())
 
     return run
 
@@ -92,6 +93,28 @@ def test_the_step_is_a_lawful_operator(backend: str, engine: str, update: bool) 
     opcheck(
         torch.ops.lmtfast.spectral_vjp.default,
         (detached, out[4], out[5], torch.ones_like(out[0]), bound.plan.fingerprint, wanted),
+    )
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("member", ["lmt", "lmt++", "emma", "gloro"])
+@pytest.mark.parametrize("head", [True, False])
+def test_the_margin_loss_is_a_lawful_operator(backend: str, member: str, head: bool) -> None:
+    n, k = 4, 3
+    problem = MarginProblem(
+        torch.randn(n, k, requires_grad=True), torch.randn(k, 5, requires_grad=True),
+        torch.rand(n, requires_grad=True), torch.tensor([0, 1, 2, 0]), None,
+        torch.tensor([0, 1, 2, 0]), None,
+    )  # fmt: skip
+    if not head:
+        problem = problem._replace(head_weight=None, row_scale=torch.rand(k, k))
+    opcheck(torch.ops.lmtfast.margin_cross_entropy.default, (*problem, member, backend))
+    with torch.no_grad():
+        loss, *saved = torch.ops.lmtfast.margin_cross_entropy(*problem, member, backend)
+    detached = [t if t is None else t.detach() for t in problem]
+    opcheck(
+        torch.ops.lmtfast.margin_cross_entropy_vjp.default,
+        (torch.ones_like(loss), *saved, *detached, member, backend),
     )
 
 

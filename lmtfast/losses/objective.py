@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmtfast.autograd import MarginCrossEntropy
-from lmtfast.backends.margin_choice import choose_margin_backend
+from lmtfast.autograd import margin_loss
 from lmtfast.backends.margin_reference import reference_class
+from lmtfast.backends.margin_step import MarginProblem
 from lmtfast.losses.argument import checked_member, checked_shapes, checked_values
 from lmtfast.losses.members import MEMBERS
 
@@ -106,7 +106,6 @@ def margin_cross_entropy(
     head = bound.head_weight if member.pairwise else None
     checked_shapes(logits, target, head, eps, reduction)
     checked_values(target, logits.shape[1], eps, trades_weight)
-    chosen = choose_margin_backend(logits, member.formula, backend)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     coefficient = _scalar(bound.total if head is None else bound.features, logits, dtype)
@@ -114,10 +113,10 @@ def margin_cross_entropy(
     if pairs is None:
         coefficient = coefficient * _scalar(eps, logits, dtype)
     classes, row_index, row_scale = _rows(member.formula, logits, target, head, pairs, dtype)
-    loss: Tensor = MarginCrossEntropy.apply(
-        logits, head, coefficient.expand(len(target)), target, classes, row_index,
-        row_scale, member.formula, chosen,
-    )  # fmt: skip
+    problem = MarginProblem(
+        logits, head, coefficient.expand(len(target)), target, classes, row_index, row_scale
+    )
+    loss = margin_loss(member.formula, backend, problem)
     if member.clean_share:
         # gloro is CE(z) + softplus(z_bottom - logsumexp(z)), and that second term is the KL
         # divergence.
