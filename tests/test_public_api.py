@@ -18,7 +18,8 @@ import lmtfast
 
 DELTA = "7.888609052210118e-31"  # 2**-100
 SIGNATURES = {
-    "BoundPlan": "(graph, slots, table, engines, reasons, state_sizes, backend, backend_reason, signature)",
+    "BoundPlan": "(graph, slots, table, engines, reasons, state_sizes, backend, backend_reason, "
+    "signature)",
     "Certificate": None,  # made by certify and load_certificate, never by hand
     "LipschitzBound": None,  # made by the bounds
     "NetworkBound": "(model, input_shape, *, engine='auto', backend=None, batch_norm='running')",
