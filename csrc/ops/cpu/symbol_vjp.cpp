@@ -7,6 +7,7 @@
 
 #include "core/buffer.h"
 #include "core/parallel.h"
+#include "ops/cpu/outer_product.h"
 #include "ops/cpu/symbol.h"
 
 namespace lmtfast::cpu {
@@ -15,6 +16,8 @@ namespace {
 // Weights of a task.
 constexpr int64_t kTask = 1 << 17;
 constexpr int64_t kWeightsPerThread = 1 << 14;
+// Gradients of more entries than this go past the caches, which they would empty.
+constexpr int64_t kStreamed = 1 << 21;
 
 // An operator, what its step saved, and its share of the gradient.
 struct Term {
@@ -52,7 +55,7 @@ struct Term {
   }
 
   // Writes, or adds, entries [begin, end) of one row of the gradient.
-  void write_row(int64_t row, int64_t begin, int64_t end, float* out) const {
+  void write_row(int64_t row, int64_t begin, int64_t end, bool stream, float* out) const {
     const int64_t r = row - group * op.row->rows;
     if (r < 0 || r >= op.row->rows) {
       if (!accumulate) std::fill(out, out + (end - begin), 0.0f);
@@ -61,18 +64,15 @@ struct Term {
     const double scale = grad * row_scale(r);
     const float a = static_cast<float>(scale * saved.u[2 * r]);
     const float b = static_cast<float>(scale * saved.u[2 * r + 1]);
-    const float *zr = re.data() + begin, *zi = im.data() + begin;
-    if (accumulate) {
-      for (int64_t i = 0; i < end - begin; ++i) out[i] += a * zr[i] + b * zi[i];
-    } else {
-      for (int64_t i = 0; i < end - begin; ++i) out[i] = a * zr[i] + b * zi[i];
-    }
+    const OuterKernels& kernels = outer_kernels(best_isa());
+    const OuterRow kernel = accumulate ? kernels.add : stream ? kernels.stream : kernels.store;
+    kernel(a, re.data() + begin, b, im.data() + begin, end - begin, out);
   }
 
-  void write(int64_t begin, int64_t end, float* out) const {
+  void write(int64_t begin, int64_t end, bool stream, float* out) const {
     for (int64_t at = begin; at < end;) {
       const int64_t row = at / op.columns, stop = std::min(end, (row + 1) * op.columns);
-      write_row(row, at - row * op.columns, stop - row * op.columns, out + at);
+      write_row(row, at - row * op.columns, stop - row * op.columns, stream, out + at);
       at = stop;
     }
   }
@@ -166,7 +166,11 @@ void symbol_vjp(const SpectralVjp& call) {
   parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i) {
     const Task& task = tasks[i];
     float* out = static_cast<float*>(call.grads[task.slot].data);
-    for (const Term* term : writers.at(task.slot)) term->write(task.begin, task.end, out);
+    const auto& terms_of = writers.at(task.slot);
+    // What another operator adds to must not have left the caches.
+    const bool stream = work > kStreamed && terms_of.size() == 1;
+    for (const Term* term : terms_of) term->write(task.begin, task.end, stream, out);
+    if (stream) end_streaming();
   });
   if (call.grad_scales == nullptr) return;
   for (const Term& term : terms) {
