@@ -6,11 +6,11 @@
 //   grad_weight = gradient of <grad, norms>: with A = grad / norms, 0 at distance 0, row u sends
 //     sum_j A_uj (w_u - w_j) to class c(u) and A_uj (w_j - w_u) to each class j
 //
-// Up to kExactClasses classes everything is formed from differences. Beyond, from products of rows
-// minus row 0 (which shift nothing: every term is a difference), in float over up to 256 columns at a
-// time; a distance below an eighth of its rows' length is formed again from differences, so that
-// no distance has a relative error above about 1e-5, however close its rows are. Integers whose
-// squares sum to less than 2^24 give the squared distance without rounding.
+// Up to kExactClasses classes everything is formed from differences. Beyond, from products in float
+// of rows minus another row (which shifts nothing: every term is a difference): row 0, or for the
+// gradient the mean. A distance below an eighth of its rows' length is formed again from
+// differences, so that no distance has a relative error above about 1e-5, however close its rows
+// are. Integers whose squares sum to less than 2^24 give the squared distance without rounding.
 //
 // Cost: 2 U K D flops forward and 4 U K D for the gradient; half of either where every row is
 // wanted. Memory: the head or the table once more, packed; never (U, K, D).

@@ -196,7 +196,8 @@ void test_close_rows() {
       for (const Isa isa : kAllIsas) {
         if (!isa_supported(isa)) continue;
         auto r = run(c, isa);
-        compare(c, r, 2e-5, 1e-3);
+        // Ratios of 1e5 to such distances leave that much less of the products' precision.
+        compare(c, r, 2e-5, k <= kExactClasses ? 1e-5 : 5e-3);
       }
     }
   }

@@ -40,7 +40,8 @@ struct Kernels {
   bool (*norms_of)(const float*, double, const double*, int64_t, float*);
   double (*ratio_of)(const float*, const float*, int64_t, float*, double*);
   void (*weighted_difference)(double, const W*, const float*, const float*, int64_t, float*);
-  void (*add_row)(const float*, int64_t, float*);
+  void (*add_row)(const W*, int64_t, float*);
+  void (*add_floats)(const float*, int64_t, float*);
   void (*add_difference)(double, const W*, const W*, int64_t, double*);
 };
 
@@ -87,13 +88,22 @@ struct Head {
         kernel(kernels<W>(isa)),
         threads(choose_threads(p.num_threads, p.u * p.k * p.d, kWorkPerThread)),
         rows(static_cast<size_t>(p.k)),
-        table(static_cast<size_t>(p.u)),
-        centre(static_cast<size_t>(p.d)) {
+        table(static_cast<size_t>(p.u)) {
     for (int64_t j = 0; j < p.k; ++j) rows[j] = p.weight + j * p.weight_stride;
     for (int64_t i = 0; i < p.u; ++i) table[i] = rows[class_of(i)];
-    for (int64_t f = 0; f < p.d; ++f) centre[f] = widen(p.weight[f]);
   }
   int64_t class_of(int64_t i) const { return p.classes ? p.classes[i] : i; }
+
+  // The mean row, or nearly: what matters is only that sums over all rows become small.
+  void centre_on_mean() {
+    constexpr int64_t kBlock = 512;
+    centre.assign(static_cast<size_t>(p.d), 0.0f);
+    parallel_for((p.d + kBlock - 1) / kBlock, threads, [&](int64_t block) {
+      const int64_t begin = block * kBlock, end = std::min(begin + kBlock, p.d);
+      for (const W* row : rows) kernel.add_row(row + begin, end - begin, &centre[begin]);
+      for (int64_t f = begin; f < end; ++f) centre[f] /= static_cast<float>(p.k);
+    });
+  }
 };
 
 template <class W>
@@ -222,6 +232,10 @@ void vjp_from_differences(const Head<W>& head, const float* norms, const float* 
   });
 }
 
+// Where a row of the gradient is formed: in place, or where it must be narrowed, in `room`.
+float* line_of(float* out, float*) { return out; }
+float* line_of(uint16_t*, float* room) { return room; }
+
 // Every row: S = A + A^T, and diag(S 1) W - S W is one product.
 template <class W>
 void vjp_of_all_rows(const Head<W>& head, const float* norms, const float* grad, W* grad_weight) {
@@ -254,13 +268,16 @@ void vjp_of_all_rows(const Head<W>& head, const float* norms, const float* grad,
       [&](int64_t) { return p.k; },
       [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums,
           int64_t stride) {
-        float line[kMaxColumns];
+        float room[kMaxColumns];
         for (int64_t j = row; j < row + rows; ++j) {
+          W* out = grad_weight + j * p.d + column;
+          float* line = line_of(out, room);
           kernel.weighted_difference(ratios.row[j] + ratios.column[j], head.rows[j] + column,
                                      head.centre.data() + column, sums + (j - row) * stride,
                                      columns, line);
-          W* out = grad_weight + j * p.d + column;
-          for (int64_t f = 0; f < columns; ++f) narrow(line[f], out + f);
+          if (line == room) {
+            for (int64_t f = 0; f < columns; ++f) narrow(line[f], out + f);
+          }
         }
       });
 }
@@ -311,16 +328,19 @@ void vjp_of_chosen_rows(const Head<W>& head, const float* norms, const float* gr
       [&](int64_t) { return p.k; },
       [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums,
           int64_t stride) {
-        float line[kMaxColumns];
+        float room[kMaxColumns];
         for (int64_t j = row; j < row + rows; ++j) {
+          W* out = grad_weight + j * p.d + column;
+          float* line = line_of(out, room);
           kernel.weighted_difference(ratios.column[j], head.rows[j] + column,
                                      head.centre.data() + column, sums + (j - row) * stride,
                                      columns, line);
           for (int64_t i = begin[j]; i < begin[j + 1]; ++i) {
-            kernel.add_row(own.data() + of_class[i] * p.d + column, columns, line);
+            kernel.add_floats(own.data() + of_class[i] * p.d + column, columns, line);
           }
-          W* out = grad_weight + j * p.d + column;
-          for (int64_t f = 0; f < columns; ++f) narrow(line[f], out + f);
+          if (line == room) {
+            for (int64_t f = 0; f < columns; ++f) narrow(line[f], out + f);
+          }
         }
       });
 }
@@ -350,8 +370,10 @@ namespace cpu {
 template <class W>
 void pair_norm_forward(const PairNorm<W>& problem, float* norms, Isa isa) {
   if (problem.u == 0 || problem.k == 0) return;
-  const Head<W> head(problem, isa);
+  Head<W> head(problem, isa);
   if (problem.k <= kExactClasses || problem.d == 0) return norms_from_differences(head, norms);
+  // Of integers the differences to a row are integers; those to the mean are not.
+  for (int64_t f = 0; f < problem.d; ++f) head.centre.push_back(widen(problem.weight[f]));
   norms_from_products(head, norms);
 }
 
@@ -363,8 +385,9 @@ void pair_norm_vjp(const PairNorm<W>& problem, const float* norms, const float* 
     std::fill(grad_weight, grad_weight + problem.k * problem.d, W(0));
     return;
   }
-  const Head<W> head(problem, isa);
+  Head<W> head(problem, isa);
   if (problem.k <= kExactClasses) return vjp_from_differences(head, norms, grad, grad_weight);
+  head.centre_on_mean();
   if (problem.classes == nullptr) return vjp_of_all_rows(head, norms, grad, grad_weight);
   vjp_of_chosen_rows(head, norms, grad, grad_weight);
 }

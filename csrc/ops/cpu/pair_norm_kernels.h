@@ -154,9 +154,12 @@ void weighted_difference(double factor, const W* row, const float* centre, const
 }
 
 // to[j] += x[j]
-inline void add_row(const float* x, int64_t n, float* to) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) to[j] += x[j];
+template <class W>
+void add_row(const W* x, int64_t n, float* to) {
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const int64_t here = std::min(n - j, kWidth);
+    store_some(to + j, load_some(to + j, here) + load_some(x + j, here), here);
+  }
 }
 
 // sums[p] += factor * (a[p] - b[p])
@@ -182,5 +185,6 @@ constexpr Kernels<W> kKernels{{kTileRows, kPanel, accumulate},
                               norms_of,
                               ratio_of,
                               weighted_difference<W>,
-                              add_row,
+                              add_row<W>,
+                              add_row<float>,
                               add_difference<W>};
