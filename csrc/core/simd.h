@@ -34,7 +34,7 @@
 
 // Asks for a cache line before it is needed; any address will do.
 #if defined(__GNUC__) || defined(__clang__)
-#define LMTFAST_FETCH(address) __builtin_prefetch(address)
+#define LMTFAST_FETCH(address) __builtin_prefetch(address, 0, 2)
 #else
 #define LMTFAST_FETCH(address) static_cast<void>(address)
 #endif

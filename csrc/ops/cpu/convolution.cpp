@@ -65,7 +65,7 @@ Convolution::Convolution(const lmtfast_op_row& r, const lmtfast_tensor& tensor, 
       identity(identity_positions(r)) {}
 
 int64_t plane_floats(const Convolution& op) {
-  return op.row.groups * op.row.channels * op.stencil.plane + 2 * kSlack;
+  return in_place(op) ? 0 : op.row.groups * op.row.channels * op.stencil.plane + 2 * kSlack;
 }
 
 int64_t panel_floats(const Convolution& op, const ConvolutionKernels& kernels) {
@@ -83,31 +83,29 @@ int64_t tile_floats(const Convolution& op, const ConvolutionKernels& kernels) {
   return row_tiles(op, kernels) * (op.outputs() * kernels.tile_rows + kSlack) + 2 * kSlack;
 }
 
-namespace {
-
-// Channels of an adjoint's block: enough rows of Z for whole tiles, few enough to stay in cache.
-int64_t adjoint_channels(const Convolution& op) {
+int64_t adjoint_width(const Convolution& op) {
   const int64_t rows = op.outputs() == 1 ? 4096 : 192;
   const int64_t by_planes = std::max<int64_t>(1, (1 << 17) / op.stencil.plane);
   return std::clamp<int64_t>(std::min(rows / taps(op.row), by_planes), 1, op.row.channels);
 }
 
-}  // namespace
-
 int64_t workspace_floats(const Convolution& op, const ConvolutionKernels&) {
   const int64_t staged = kTileRowsMax * kStageMax + kSlack;
-  const int64_t image = kDepth * kBlockColumns + kSlack + (op.outputs() == 1 ? columns(op.row) : 0);
-  const int64_t channels = adjoint_channels(op);
+  const int64_t image = kDepth * kImageColumns + kSlack + (op.outputs() == 1 ? columns(op.row) : 0);
+  const int64_t channels = adjoint_width(op);
+  // Tiles need not be full: twice the rows covers them.
+  const int64_t packed =
+      op.outputs() == 1 ? 0 : 2 * (channels * taps(op.row) + kTileRowsMax) * (kDepth + kSlack);
   const int64_t adjoint =
-      channels * (taps(op.row) * adjoint_stride(op) + op.stencil.plane) + kSlack;
+      packed + channels * (taps(op.row) * adjoint_stride(op) + op.stencil.plane) + kSlack;
   const int64_t rows = std::min(op.row.rows, kGradientRows);
-  const int64_t gradient = (kDepth + 1 + rows) * kBlockColumns + 2 * kSlack;
+  const int64_t gradient = (kDepth + 1 + rows) * kGradientColumns + 2 * kSlack;
   return staged + std::max({image, adjoint, gradient});
 }
 
 std::vector<Block> image_blocks(const Convolution& op, const ConvolutionKernels& kernels,
                                 int64_t target) {
-  const int64_t points = op.outputs(), width = std::min(points, kBlockColumns);
+  const int64_t points = op.outputs(), width = std::min(points, kImageColumns);
   const int64_t per_row = columns(op.row) * width;
   std::vector<int64_t> groups, rows;
   // Small groups share a task; rows of a large one are split, but gathering must pay.
@@ -116,26 +114,32 @@ std::vector<Block> image_blocks(const Convolution& op, const ConvolutionKernels&
   split(op.row.rows, std::max(least, target / per_row), rows);
   std::vector<Block> blocks;
   for (size_t g = 0; g + 1 < groups.size(); ++g) {
-    for (int64_t o = 0; o < points; o += kBlockColumns) {
+    for (int64_t o = 0; o < points; o += kImageColumns) {
       for (size_t r = 0; r + 1 < rows.size(); ++r) {
         blocks.push_back({groups[g], groups[g + 1], rows[r], rows[r + 1], o,
-                          std::min(points, o + kBlockColumns)});
+                          std::min(points, o + kImageColumns)});
       }
     }
   }
   return blocks;
 }
 
-std::vector<Block> adjoint_blocks(const Convolution& op, int64_t target) {
-  const int64_t per_channel = op.row.rows * taps(op.row) * op.outputs();
+std::vector<Block> adjoint_blocks(const Convolution& op, const ConvolutionKernels& kernels,
+                                  int64_t target) {
+  const int64_t inputs = op.inputs(), width = adjoint_by_columns(op) ? kAdjointColumns : inputs;
+  const int64_t per_channel =
+      op.row.rows * taps(op.row) * (adjoint_by_columns(op) ? width : op.outputs());
   std::vector<int64_t> groups, channels;
   split(op.row.groups, target / (op.row.channels * per_channel), groups);
-  split(op.row.channels, std::min(adjoint_channels(op), std::max<int64_t>(1, target / per_channel)),
-        channels);
+  const int64_t least = ceil_div(4 * kernels.tile_rows, taps(op.row));
+  split(op.row.channels, std::max(least, target / per_channel), channels);
   std::vector<Block> blocks;
   for (size_t g = 0; g + 1 < groups.size(); ++g) {
-    for (size_t c = 0; c + 1 < channels.size(); ++c) {
-      blocks.push_back({groups[g], groups[g + 1], channels[c], channels[c + 1], 0, 0});
+    for (int64_t i = 0; i < inputs; i += width) {
+      for (size_t c = 0; c + 1 < channels.size(); ++c) {
+        blocks.push_back({groups[g], groups[g + 1], channels[c], channels[c + 1], i,
+                          std::min(inputs, i + width)});
+      }
     }
   }
   return blocks;
@@ -151,10 +155,10 @@ std::vector<Block> gradient_blocks(const Convolution& op, const ConvolutionKerne
   std::vector<Block> blocks;
   for (size_t g = 0; g + 1 < groups.size(); ++g) {
     for (size_t r = 0; r + 1 < row_blocks.size(); ++r) {
-      for (int64_t k = 0; k < width; k += kBlockColumns) {
+      for (int64_t k = 0; k < width; k += kGradientColumns) {
         blocks.push_back({groups[g], groups[g + 1], op.row.rows * row_blocks[r] / tiles,
                           op.row.rows * row_blocks[r + 1] / tiles, k,
-                          std::min(width, k + kBlockColumns), static_cast<int64_t>(r)});
+                          std::min(width, k + kGradientColumns), static_cast<int64_t>(r)});
       }
     }
   }

@@ -20,9 +20,10 @@ namespace lmtfast::cpu {
 
 // Depth of a product between two additions into its result; bounds the length of float sums.
 constexpr int64_t kDepth = 256;
-// Columns of a block of an image or a gradient, and of an adjoint.
-constexpr int64_t kBlockColumns = 128;
+// Columns of a block of an image, an adjoint and a gradient.
+constexpr int64_t kImageColumns = 256;
 constexpr int64_t kAdjointColumns = 256;
+constexpr int64_t kGradientColumns = 128;
 // Rows of a block of a gradient; fixed, for its sums are kept per block.
 constexpr int64_t kGradientRows = 672;
 // Vectors are loaded and stored whole: this many floats around packed operands are touched.
@@ -49,7 +50,7 @@ struct Convolution {
 
 // What one task computes. Groups [group, group_end) and, in each,
 //   image     rows [first, last) at outputs [begin, end)
-//   adjoint   channels [first, last) at all inputs; begin and end are not used
+//   adjoint   channels [first, last) at inputs [begin, end): all, unless the stencil is plain
 //   gradient  rows [first, last), block `part` of the rows, of columns [begin, end) in the tensor's
 //             order
 struct Block {
@@ -71,7 +72,8 @@ struct GradientTarget {
 struct ConvolutionKernels {
   int64_t tile_rows, panel_columns;
 
-  // Packed operands: channels, rows or row tiles [first, last), counted over all groups.
+  // Packed operands, with their scale if `scaled` (panels always): channels, rows or row tiles
+  // [first, last), counted over all groups.
   void (*fill_planes)(const Convolution&, const float* x, bool scaled, float* planes, int64_t first,
                       int64_t last);
   void (*fill_panels)(const Convolution&, const float* u, float* panels, int64_t first,
@@ -79,10 +81,12 @@ struct ConvolutionKernels {
   void (*fill_tiles)(const Convolution&, const float* u, float factor, bool scaled, float* tiles,
                      int64_t first, int64_t last);
 
-  void (*image)(const Convolution&, const float* planes, const float* x, float* u, const Block&,
-                float* workspace);
-  void (*adjoint)(const Convolution&, const float* panels, const float* u, float* x, const Block&,
-                  float* workspace);
+  // The identity reads the vector itself. The sums of squares of what is written are kept per row
+  // or channel and block of columns.
+  void (*image)(const Convolution&, const float* planes, const float* x, float* u, double* squares,
+                const Block&, float* workspace);
+  void (*adjoint)(const Convolution&, const float* panels, const float* u, float* x,
+                  double* squares, const Block&, float* workspace);
   void (*gradient)(const Convolution&, const float* planes, const float* tiles,
                    const GradientTarget&, const Block&, float* workspace);
 
@@ -91,6 +95,11 @@ struct ConvolutionKernels {
 };
 
 const ConvolutionKernels& convolution_kernels(Isa isa);
+
+// Whether a vector is its own planes and is read in place; plane_floats is 0 then.
+inline bool in_place(const Convolution& op) {
+  return op.stencil.plain && op.column_scale == nullptr;
+}
 
 // Floats of a packed operand, kSlack before and behind included; operands start behind the first.
 int64_t plane_floats(const Convolution& op);
@@ -103,13 +112,32 @@ inline int64_t adjoint_stride(const Convolution& op) {
   return std::min(op.outputs(), kAdjointColumns);
 }
 
+// Channels of an adjoint that are worked on at a time: enough rows of Z for whole tiles, few enough
+// to stay in cache.
+int64_t adjoint_width(const Convolution& op);
+
 // Floats a task needs for its own.
 int64_t workspace_floats(const Convolution& op, const ConvolutionKernels& kernels);
+
+// Whether columns of an adjoint are independent, so that its blocks may share them out.
+inline bool adjoint_by_columns(const Convolution& op) {
+  return op.stencil.plain && op.outputs() > 1;
+}
+
+// Sums of squares that an image and an adjoint write.
+inline int64_t image_squares(const Convolution& op) {
+  return op.row.groups * op.row.rows * ((op.outputs() + kImageColumns - 1) / kImageColumns);
+}
+inline int64_t adjoint_squares(const Convolution& op) {
+  const int64_t columns = adjoint_by_columns(op) ? kAdjointColumns : op.inputs();
+  return op.row.groups * op.row.channels * ((op.inputs() + columns - 1) / columns);
+}
 
 // Blocks that cover a product, of about `target` multiply-adds each.
 std::vector<Block> image_blocks(const Convolution& op, const ConvolutionKernels& kernels,
                                 int64_t target);
-std::vector<Block> adjoint_blocks(const Convolution& op, int64_t target);
+std::vector<Block> adjoint_blocks(const Convolution& op, const ConvolutionKernels& kernels,
+                                  int64_t target);
 // Independent of everything but the operator: column_blocks of each of its row blocks.
 std::vector<Block> gradient_blocks(const Convolution& op, const ConvolutionKernels& kernels);
 

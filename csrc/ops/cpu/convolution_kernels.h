@@ -13,32 +13,43 @@ inline float* aligned(float* workspace) {
   return workspace + (64 - address % 64) % 64 / sizeof(float);
 }
 
-// Row scale and identity of an image, where its rows are complete.
-void finish_rows(const Convolution& op, const float* x, float* u, int64_t group, const Block& b) {
+// Row scale, identity and squares of an image, where its rows are complete.
+inline void finish_rows(const Convolution& op, const float* x, float* u, double* squares,
+                        int64_t group, const Block& b) {
+  const int64_t per_row = image_squares(op) / (op.row.groups * op.row.rows), n = b.end - b.begin;
   for (int64_t r = b.first; r < b.last; ++r) {
-    float* line = u + (group * op.row.rows + r) * op.outputs();
-    if (op.row_scale) {
-      scale_floats(line + b.begin, op.row_scale[group * op.row.rows + r], line + b.begin,
-                   b.end - b.begin);
+    const int64_t row = group * op.row.rows + r;
+    float* line = u + row * op.outputs();
+    if (op.row_scale) scale_floats(line + b.begin, op.row_scale[row], line + b.begin, n);
+    if (!op.identity.empty() && r < op.row.channels) {
+      const float gain = static_cast<float>(op.row.identity);
+      const float* channel = x + (group * op.row.channels + r) * op.inputs();
+      for (int64_t o = b.begin; o < b.end; ++o) {
+        const int64_t at = op.identity[static_cast<size_t>(o)];
+        if (at >= 0) line[o] += gain * channel[at];
+      }
     }
-    if (op.identity.empty() || r >= op.row.channels) continue;
-    const float gain = static_cast<float>(op.row.identity);
-    const float* channel = x + (group * op.row.channels + r) * op.inputs();
-    for (int64_t o = b.begin; o < b.end; ++o) {
-      const int64_t at = op.identity[static_cast<size_t>(o)];
-      if (at >= 0) line[o] += gain * channel[at];
-    }
+    squares[row * per_row + b.begin / kImageColumns] = sum_of_squares(line + b.begin, n);
   }
 }
 
-void finish_channel(const Convolution& op, const float* u, float* x, int64_t group, int64_t c) {
-  if (op.identity.empty() || c >= op.row.rows) return;
-  const float gain = static_cast<float>(op.row.identity);
-  const float* line = u + (group * op.row.rows + c) * op.outputs();
-  for (int64_t o = 0; o < op.outputs(); ++o) {
-    const int64_t at = op.identity[static_cast<size_t>(o)];
-    if (at >= 0) x[at] += gain * line[o];
+// The same for a channel of an adjoint.
+inline void finish_channel(const Convolution& op, const float* u, float* x, double* squares,
+                           int64_t group, int64_t c, const Block& b) {
+  const int64_t channel = group * op.row.channels + c, n = b.end - b.begin;
+  const int64_t per_channel = adjoint_squares(op) / (op.row.groups * op.row.channels);
+  if (op.column_scale) scale_floats(x + b.begin, op.column_scale[channel], x + b.begin, n);
+  if (!op.identity.empty() && c < op.row.rows) {
+    const float gain = static_cast<float>(op.row.identity);
+    const float* line = u + (group * op.row.rows + c) * op.outputs();
+    // A block of some of the inputs has a plain stencil, whose outputs are the inputs.
+    const bool plain = adjoint_by_columns(op);
+    for (int64_t o = plain ? b.begin : 0; o < (plain ? b.end : op.outputs()); ++o) {
+      const int64_t at = op.identity[static_cast<size_t>(o)];
+      if (at >= 0) x[at] += gain * line[o];
+    }
   }
+  squares[channel * per_channel + b.begin / kAdjointColumns] = sum_of_squares(x + b.begin, n);
 }
 
 // One output position: rows of W times one vector, summed in double beyond kDepth vectors.
@@ -77,8 +88,8 @@ void image_of_one(const Convolution& op, const float* planes, float* u, int64_t 
 }
 
 template <class Weight>
-void image_as(const Convolution& op, const float* planes, const float* x, float* u, const Block& b,
-              float* workspace) {
+void image_as(const Convolution& op, const float* planes, const float* x, float* u, double* squares,
+              const Block& b, float* workspace) {
   const int64_t depth_total = columns(op.row), points = op.outputs();
   float* staged = aligned(workspace);
   float* panels = staged + kTileRows * kStage;
@@ -87,10 +98,10 @@ void image_as(const Convolution& op, const float* planes, const float* x, float*
     const float* group_planes = planes + group * op.row.channels * op.stencil.plane;
     if (points == 1) {
       image_of_one<Weight>(op, group_planes, u, group, b, staged);
-      finish_rows(op, x, u, group, b);
+      finish_rows(op, x, u, squares, group, b);
       continue;
     }
-    Lanes lanes[kBlockColumns / kWidth];
+    Lanes lanes[kImageColumns / kWidth];
     find_lanes(op, b.begin, b.end - b.begin, lanes);
     const int64_t count = b.last - b.first;
     for (int64_t k = 0; k < depth_total; k += kDepth) {
@@ -102,24 +113,29 @@ void image_as(const Convolution& op, const float* planes, const float* x, float*
       }
       for (int64_t i = 0, low = 0; low < count; ++i) {
         const int64_t high = tile_begin(count, i + 1), r = group * op.row.rows + b.first + low;
-        stage_rows(weight_of<Weight>(op, r) + k, depth_total, high - low, depth, staged);
+        const Weight* w = weight_of<Weight>(op, r) + k;
+        stage_rows(w, depth_total, high - low, depth, staged);
+        // The next tile's rows; behind the last, the next depth range of the first.
+        const Weight* next =
+            high < count ? w + (high - low) * depth_total : w - low * depth_total + kDepth;
+        const Ahead ahead{next, 64, depth_total * static_cast<int64_t>(sizeof(Weight))};
         multiply_panels<true>(high - low, depth, staged, panels, panel_stride,
-                              u + r * points + b.begin, points, b.end - b.begin, k > 0);
+                              u + r * points + b.begin, points, b.end - b.begin, k > 0, ahead);
         low = high;
       }
     }
-    finish_rows(op, x, u, group, b);
+    finish_rows(op, x, u, squares, group, b);
   }
 }
 
-// Stretches of a group's W row that hold the channels of a block: one, or one per tap.
+// Stretches of a group's W row that hold channels [first, last): one, or one per tap.
 struct Stretches {
   int64_t count, length, step, begin;
-  Stretches(const Convolution& op, const Block& b)
+  Stretches(const Convolution& op, int64_t first, int64_t last)
       : count(op.tap_major ? taps(op.row) : 1),
-        length((b.last - b.first) * (op.tap_major ? 1 : taps(op.row))),
+        length((last - first) * (op.tap_major ? 1 : taps(op.row))),
         step(op.row.channels),
-        begin(b.first * (op.tap_major ? 1 : taps(op.row))) {}
+        begin(first * (op.tap_major ? 1 : taps(op.row))) {}
   int64_t offset(int64_t i) const { return begin + i * step; }
   int64_t rows() const { return count * length; }
 };
@@ -165,15 +181,21 @@ void adjoint_product(const Convolution& op, const float* panels, int64_t group,
   const int64_t rows = op.row.rows, width = columns(op.row);
   const int64_t per_group = (op.outputs() + kPanel - 1) / kPanel;
   const float* first = panels + (group * per_group + begin / kPanel) * rows * kPanel;
-  for (int64_t r = 0; r < rows; r += kDepth) {
-    const int64_t depth = std::min(rows - r, kDepth);
-    const Weight* w = weight_of<Weight>(op, group * rows + r);
-    for (int64_t part = 0; part < parts.count; ++part) {
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(Weight));
+  for (int64_t part = 0; part < parts.count; ++part) {
+    for (int64_t r = 0; r < rows; r += kDepth) {
+      const int64_t depth = std::min(rows - r, kDepth);
+      const Weight* w = weight_of<Weight>(op, group * rows + r) + parts.offset(part);
+      pack_columns(w, width, parts.length, depth, packed);
+      // What is packed next: these columns further down, or the columns beside them from the top.
+      const Weight* next = r + kDepth < rows ? w + kDepth * width : w - r * width + parts.length;
       for (int64_t i = 0, low = 0; low < parts.length; ++i) {
         const int64_t high = tile_begin(parts.length, i + 1);
-        pack_columns(w + parts.offset(part) + low, width, high - low, depth, packed);
-        multiply_panels<false>(high - low, depth, packed, first + r * kPanel, rows * kPanel,
-                               c + (part * parts.length + low) * stride, stride, count, r > 0);
+        const Ahead ahead{next + i * 64 / static_cast<int64_t>(sizeof(Weight)), row_bytes,
+                          row_bytes * kAhead};
+        multiply_panels<false>(high - low, depth, packed + i * kPackedTile, first + r * kPanel,
+                               rows * kPanel, c + (part * parts.length + low) * stride, stride,
+                               count, r > 0, ahead);
         low = high;
       }
     }
@@ -181,11 +203,10 @@ void adjoint_product(const Convolution& op, const float* panels, int64_t group,
 }
 
 // Adds rows of Z at outputs [begin, begin + count) into the channels' planes.
-inline void scatter(const Convolution& op, const float* z, int64_t stride, const Block& b,
+inline void scatter(const Convolution& op, const float* z, int64_t stride, int64_t channels,
                     int64_t begin, int64_t count, float* planes) {
   Run runs[kAdjointColumns];
   const int64_t found = find_runs(op.row, op.stencil, begin, count, kAdjointColumns, runs);
-  const int64_t channels = b.last - b.first;
   for (int64_t i = 0; i < channels * taps(op.row); ++i, z += stride) {
     const int64_t c = op.tap_major ? i % channels : i / taps(op.row);
     const int64_t t = op.tap_major ? i / channels : i % taps(op.row);
@@ -196,42 +217,50 @@ inline void scatter(const Convolution& op, const float* z, int64_t stride, const
   }
 }
 
+// Channels [first, last) of one group's adjoint, few enough for the workspace, at the block's inputs.
+template <class Weight>
+void adjoint_channels(const Convolution& op, const float* panels, int64_t group, int64_t first,
+                      int64_t last, float* x, const Block& b, float* workspace) {
+  const int64_t inputs = op.inputs(), points = op.outputs(), stride = adjoint_stride(op);
+  const Stretches parts(op, first, last);
+  float* packed = aligned(workspace);
+  if (adjoint_by_columns(op)) {
+    adjoint_product<Weight>(op, panels, group, parts, b.begin, b.end - b.begin, packed, x + b.begin,
+                            inputs);
+    return;
+  }
+  float* z = packed + (parts.length + kTileRows - 1) / kTileRows * kPackedTile;
+  float* planes = z + parts.rows() * stride;
+  std::memset(planes, 0, static_cast<size_t>((last - first) * op.stencil.plane) * sizeof(float));
+  for (int64_t o = 0; o < points; o += kAdjointColumns) {
+    const int64_t count = std::min(points - o, kAdjointColumns);
+    if (points == 1) {
+      adjoint_of_one<Weight>(op, panels, group, parts, z);
+    } else {
+      adjoint_product<Weight>(op, panels, group, parts, o, count, packed, z, stride);
+    }
+    scatter(op, z, stride, last - first, o, count, planes);
+  }
+  for (int64_t c = 0; c < last - first; ++c) {
+    add_plane(op, planes + c * op.stencil.plane, x + c * inputs);
+  }
+}
+
 template <class Weight>
 void adjoint_as(const Convolution& op, const float* panels, const float* u, float* x,
-                const Block& b, float* workspace) {
-  const int64_t inputs = op.inputs(), points = op.outputs();
-  const Stretches parts(op, b);
-  float* packed = aligned(workspace);
-  float* z = packed + kTileRows * kStage;
-  const int64_t stride = adjoint_stride(op);
-  float* planes = z + parts.rows() * stride;
+                double* squares, const Block& b, float* workspace) {
+  const int64_t inputs = op.inputs(), wanted = b.last - b.first;
+  const int64_t parts = (wanted + adjoint_width(op) - 1) / adjoint_width(op);
   for (int64_t group = b.group; group < b.group_end; ++group) {
-    float* out = x + (group * op.row.channels + b.first) * inputs;
-    if (op.stencil.plain && points > 1) {
-      for (int64_t o = 0; o < points; o += kAdjointColumns) {
-        adjoint_product<Weight>(op, panels, group, parts, o, std::min(points - o, kAdjointColumns),
-                                packed, out + o, inputs);
+    float* channels = x + group * op.row.channels * inputs;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t first = b.first + wanted * i / parts;
+      const int64_t last = b.first + wanted * (i + 1) / parts;
+      adjoint_channels<Weight>(op, panels, group, first, last, channels + first * inputs, b,
+                               workspace);
+      for (int64_t c = first; c < last; ++c) {
+        finish_channel(op, u, channels + c * inputs, squares, group, c, b);
       }
-    } else {
-      std::memset(planes, 0,
-                  static_cast<size_t>((b.last - b.first) * op.stencil.plane) * sizeof(float));
-      for (int64_t o = 0; o < points; o += kAdjointColumns) {
-        const int64_t count = std::min(points - o, kAdjointColumns);
-        if (points == 1) {
-          adjoint_of_one<Weight>(op, panels, group, parts, z);
-        } else {
-          adjoint_product<Weight>(op, panels, group, parts, o, count, packed, z, stride);
-        }
-        scatter(op, z, stride, b, o, count, planes);
-      }
-    }
-    for (int64_t c = b.first; c < b.last; ++c, out += inputs) {
-      const int64_t channel = group * op.row.channels + c;
-      if (!(op.stencil.plain && points > 1)) {
-        add_plane(op, planes + (c - b.first) * op.stencil.plane, out);
-      }
-      if (op.column_scale) scale_floats(out, op.column_scale[channel], out, inputs);
-      finish_channel(op, u, out, group, c);
     }
   }
 }
@@ -283,13 +312,13 @@ void gradient_as(const Convolution& op, const float* planes, const float* tiles,
   constexpr int64_t panel_stride = kDepth * kPanel;
   const bool sums = target.row_sums != nullptr;
   float* panels = aligned(workspace);
-  float* scales = panels + kDepth * kBlockColumns + kSlack;
-  float* product = scales + kBlockColumns;
+  float* scales = panels + kDepth * kGradientColumns + kSlack;
+  float* product = scales + kGradientColumns;
   for (int64_t group = b.group; group < b.group_end; ++group) {
     const float* group_planes = planes + group * op.row.channels * op.stencil.plane;
     const int64_t row = group * op.row.rows;
     float* c = sums ? product : target.gradient + (row + b.first) * width + b.begin;
-    const int64_t stride = sums ? kBlockColumns : width;
+    const int64_t stride = sums ? kGradientColumns : width;
     for (int64_t o = 0; o < points; o += kDepth) {
       const int64_t depth = std::min(points - o, kDepth);
       Lanes lanes[kDepth / kWidth];
@@ -304,7 +333,7 @@ void gradient_as(const Convolution& op, const float* planes, const float* tiles,
         multiply_panels<false>(high - low, depth,
                                tiles + (group * per_group + i) * tile_size + o * kTileRows, panels,
                                panel_stride, c + (low - b.first) * stride, stride, n,
-                               o > 0 || (!sums && target.accumulate));
+                               o > 0 || (!sums && target.accumulate), Ahead{panels, 0, 0});
       }
     }
     if (!sums) continue;
@@ -313,18 +342,18 @@ void gradient_as(const Convolution& op, const float* planes, const float* tiles,
       const int64_t channel = group * op.row.channels + column.channel();
       scales[k] = op.column_scale ? op.column_scale[channel] : 1.0f;
     }
-    finish_gradient<Weight>(op, target, product, kBlockColumns, group, b, scales);
+    finish_gradient<Weight>(op, target, product, kGradientColumns, group, b, scales);
   }
 }
 
-void image(const Convolution& op, const float* planes, const float* x, float* u, const Block& b,
-           float* workspace) {
-  (op.bfloat16 ? image_as<uint16_t> : image_as<float>)(op, planes, x, u, b, workspace);
+void image(const Convolution& op, const float* planes, const float* x, float* u, double* squares,
+           const Block& b, float* workspace) {
+  (op.bfloat16 ? image_as<uint16_t> : image_as<float>)(op, planes, x, u, squares, b, workspace);
 }
 
-void adjoint(const Convolution& op, const float* panels, const float* u, float* x, const Block& b,
-             float* workspace) {
-  (op.bfloat16 ? adjoint_as<uint16_t> : adjoint_as<float>)(op, panels, u, x, b, workspace);
+void adjoint(const Convolution& op, const float* panels, const float* u, float* x, double* squares,
+             const Block& b, float* workspace) {
+  (op.bfloat16 ? adjoint_as<uint16_t> : adjoint_as<float>)(op, panels, u, x, squares, b, workspace);
 }
 
 void gradient(const Convolution& op, const float* planes, const float* tiles,

@@ -26,6 +26,9 @@ constexpr int64_t kTasksPerThread = 8;
 struct Side {
   int64_t lines, length;
   int64_t entries() const { return lines * length; }
+  // Lines of a task, and how many tasks there are.
+  int64_t lines_of_part() const { return std::max<int64_t>(1, kChunk / length); }
+  int64_t parts() const { return (lines + lines_of_part() - 1) / lines_of_part(); }
 };
 
 Side input_side(const Convolution& op) { return {op.row.groups * op.row.channels, op.inputs()}; }
@@ -40,40 +43,47 @@ double root(double sum_of_squares) {
 // Factor of the unit vector; zero stays zero.
 double reciprocal(double norm) { return norm == 0.0 ? 1.0 : 1.0 / norm; }
 
-int64_t chunks(int64_t entries) { return (entries + kChunk - 1) / kChunk; }
-
 // An operator and its vectors during a call.
 struct Power {
   Convolution op;
   int64_t index;
   float *image, *vector;  // u and v, as saved
+  // What the first product multiplies, and its norm: the iterate as it is, or v.
+  const float* entered = nullptr;
+  double entered_norm = 0.0;
   float* planes = nullptr;
   float* panels = nullptr;
-  std::vector<double> squares;  // of one vector, per chunk
-  double norm = 0.0;            // of the vector whose squares were summed last
+  std::vector<double> squares;  // of one vector, in parts
+  double state_norm = 0.0, image_norm = 0.0, back_norm = 0.0;
 
   Power(const Convolution& o, int64_t i, float* saved) : op(o), index(i), image(saved) {
     vector = saved + image_side().entries();
-    squares.resize(static_cast<size_t>(chunks(std::max(op.input_entries(), op.output_entries()))));
+    squares.resize(static_cast<size_t>(
+        std::max({vector_side().parts(), image_squares(op), adjoint_squares(op)})));
   }
+  bool forward() const { return op.row.transposed == 0; }
   // A maps the vector side to the image side.
-  Side vector_side() const { return op.row.transposed ? output_side(op) : input_side(op); }
-  Side image_side() const { return op.row.transposed ? input_side(op) : output_side(op); }
+  Side vector_side() const { return forward() ? input_side(op) : output_side(op); }
+  Side image_side() const { return forward() ? output_side(op) : input_side(op); }
 
-  void sum_squares(const Side& side) {
+  double norm_of(int64_t parts) const {
     double sum = 0.0;
-    for (int64_t i = 0; i < chunks(side.entries()); ++i) sum += squares[static_cast<size_t>(i)];
-    norm = root(sum);
+    for (int64_t i = 0; i < parts; ++i) sum += squares[static_cast<size_t>(i)];
+    return root(sum);
   }
+  int64_t product_squares(bool image) const {
+    return image ? image_squares(op) : adjoint_squares(op);
+  }
+  // Whether products with the iterate as it is stay as far from overflow as those with v.
+  bool ordinary() const { return state_norm > 1e-6 && state_norm < 1e6; }
 };
 
-enum class Stage { kSquares, kEnter, kFirst, kTurn, kSecond, kLeave };
+enum class Stage { kEnter, kNormalise, kFirst, kTurn, kKeep, kSecond, kLeave };
 
 struct Task {
   Stage stage;
   size_t power;
-  const float* squared;  // kSquares: the vector
-  Block block;           // of lines, [first, last); of entries for kSquares
+  Block block;  // of lines, [first, last), except in products
 };
 
 class Step {
@@ -89,66 +99,56 @@ class Step {
   }
 
   void run() {
-    const size_t waves = waves_.size() - 1, stages = waves + (moves() ? 1 : 0);
+    const size_t waves = waves_.size() - 1;
     int64_t work = 0, memory = 0;
     for (const Power& p : powers_) {
       work += p.op.multiply_adds() * (moves() ? 2 : 1);
       memory = std::max(memory, workspace_floats(p.op, kernels_));
     }
     Workers workers(choose_threads(step_.threads, work, kGrain), memory);
-    const int64_t tasks = workers.threads() * kTasksPerThread;
-    for (size_t s = 0; s <= stages; ++s) {
-      // Wave s enters, wave s - 1 multiplies by A, wave s - 2 by A^T.
-      std::vector<Task> products, squares, rest;
-      int64_t multiply_adds = 0;
-      for_wave(s - 1, [&](Power& p, size_t) { multiply_adds += p.op.multiply_adds(); });
-      if (moves())
-        for_wave(s - 2, [&](Power& p, size_t) { multiply_adds += p.op.multiply_adds(); });
-      const int64_t target = std::max<int64_t>(kGrain, multiply_adds / tasks);
+    const auto execute = [this](const Task& task, float* space) { perform(task, space); };
+    std::vector<Task> tasks;
+    // Wave s enters, wave s - 1 multiplies by A, wave s - 2 by A^T.
+    for (size_t s = 0; s <= waves + (moves() ? 1 : 0); ++s) {
+      tasks.clear();
+      add_products(tasks, s, workers.threads() * kTasksPerThread);
+      workers.run(tasks, execute);
+      tasks.clear();
       if (moves()) {
         for_wave(s - 2, [&](Power& p, size_t i) {
-          add_product(products, Stage::kSecond, i, p.op.row.transposed != 0, target);
-          add_squares(squares, i, p.vector_side(), back(p));
-          add_lines(rest, Stage::kLeave, i, p.vector_side());
+          p.back_norm = p.norm_of(p.product_squares(!p.forward()));
+          step_.sigmas[p.index] = static_cast<float>(p.back_norm);
+          add_lines(tasks, Stage::kLeave, i, p.vector_side());
         });
       }
       for_wave(s - 1, [&](Power& p, size_t i) {
-        add_product(products, Stage::kFirst, i, p.op.row.transposed == 0, target);
-        add_squares(squares, i, p.image_side(), p.image);
-        add_lines(rest, Stage::kTurn, i, p.image_side());
-      });
-      for_wave(s, [&](Power& p, size_t i) {
-        add_squares(squares, i, p.vector_side(), step_.state + p.op.row.state_offset);
-        add_lines(rest, Stage::kEnter, i, p.vector_side());
-      });
-      const auto execute = [this](const Task& task, float* memory) { perform(task, memory); };
-      workers.run(products, execute);
-      workers.run(squares, execute);
-      if (moves()) for_wave(s - 2, [&](Power& p, size_t) { end(p, p.vector_side()); });
-      for_wave(s - 1, [&](Power& p, size_t) {
-        if (moves()) {
-          p.sum_squares(p.image_side());
-        } else {
-          end(p, p.image_side());
-        }
+        p.image_norm = p.norm_of(p.product_squares(p.forward()));
+        if (!moves()) step_.sigmas[p.index] = sigma_before(p);
+        add_lines(tasks, Stage::kTurn, i, p.image_side());
+        if (!moves()) add_lines(tasks, Stage::kKeep, i, p.vector_side());
       });
       used_ = 0;
-      for_wave(s, [&](Power& p, size_t) {
-        p.sum_squares(p.vector_side());
+      for_wave(s, [&](Power& p, size_t i) {
         place(p, s % 2);
+        add_lines(tasks, Stage::kEnter, i, p.vector_side());
       });
-      workers.run(rest, execute);
+      workers.run(tasks, execute);
+      tasks.clear();
+      for_wave(s, [&](Power& p, size_t i) {
+        p.state_norm = p.entered_norm = p.norm_of(p.vector_side().parts());
+        p.entered = state(p);
+        if (p.ordinary()) return;
+        p.entered = p.vector;
+        p.entered_norm = 1.0;
+        add_lines(tasks, Stage::kNormalise, i, p.vector_side());
+      });
+      workers.run(tasks, execute);
     }
   }
 
  private:
   bool moves() const { return step_.new_state != nullptr; }
   float* back(const Power& p) const { return step_.new_state + p.op.row.state_offset; }
-
-  void end(Power& p, const Side& side) {
-    p.sum_squares(side);
-    step_.sigmas[p.index] = static_cast<float>(p.norm);
-  }
 
   int64_t packed_floats(const Power& p) const {
     return plane_floats(p.op) + panel_floats(p.op, kernels_);
@@ -185,57 +185,69 @@ class Step {
   void place(Power& p, size_t parity) {
     float* memory = memory_[parity].get() + used_;
     const int64_t planes = plane_floats(p.op), panels = panel_floats(p.op, kernels_);
-    for (float* edge :
-         {memory, memory + planes - kSlack, memory + planes, memory + planes + panels - kSlack}) {
-      std::memset(edge, 0, kSlack * sizeof(float));
+    if (planes > 0) {
+      std::memset(memory, 0, kSlack * sizeof(float));
+      std::memset(memory + planes - kSlack, 0, kSlack * sizeof(float));
     }
     p.planes = memory + kSlack;
     p.panels = memory + planes + kSlack;
     used_ += planes + panels;
   }
-  void add_product(std::vector<Task>& tasks, Stage stage, size_t i, bool forward, int64_t target) {
-    const Convolution& op = powers_[i].op;
-    for (const Block& b :
-         forward ? image_blocks(op, kernels_, target) : adjoint_blocks(op, target)) {
-      tasks.push_back({stage, i, nullptr, b});
-    }
-  }
-  void add_squares(std::vector<Task>& tasks, size_t i, const Side& side, const float* x) {
-    for (int64_t at = 0; at < side.entries(); at += kChunk) {
-      tasks.push_back(
-          {Stage::kSquares, i, x, {0, 0, at, std::min(side.entries(), at + kChunk), 0, 0}});
-    }
+  void add_products(std::vector<Task>& tasks, size_t stage, int64_t wanted) {
+    int64_t work = 0;
+    const auto count = [&](Power& p, size_t) { work += p.op.multiply_adds(); };
+    for_wave(stage - 1, count);
+    if (moves()) for_wave(stage - 2, count);
+    const int64_t target = std::max<int64_t>(kGrain, work / wanted);
+    const auto add = [&](Stage product, size_t i, bool image) {
+      const Convolution& op = powers_[i].op;
+      for (const Block& b :
+           image ? image_blocks(op, kernels_, target) : adjoint_blocks(op, kernels_, target)) {
+        tasks.push_back({product, i, b});
+      }
+    };
+    if (moves())
+      for_wave(stage - 2, [&](Power& p, size_t i) { add(Stage::kSecond, i, !p.forward()); });
+    for_wave(stage - 1, [&](Power& p, size_t i) { add(Stage::kFirst, i, p.forward()); });
   }
   void add_lines(std::vector<Task>& tasks, Stage stage, size_t i, const Side& side) {
-    const int64_t lines = std::max<int64_t>(1, kChunk / side.length);
+    const int64_t lines = side.lines_of_part();
     for (int64_t at = 0; at < side.lines; at += lines) {
-      tasks.push_back({stage, i, nullptr, {0, 0, at, std::min(side.lines, at + lines), 0, 0}});
+      tasks.push_back({stage, i, {0, 0, at, std::min(side.lines, at + lines), 0, 0}});
     }
   }
 
-  void perform(const Task& task, float* memory) {
+  void perform(const Task& task, float* space) {
     Power& p = powers_[task.power];
     const Block& b = task.block;
     switch (task.stage) {
-      case Stage::kSquares:
-        p.squares[static_cast<size_t>(b.first / kChunk)] =
-            kernels_.sum_of_squares(task.squared + b.first, b.last - b.first);
-        return;
       case Stage::kEnter:
-        kernels_.multiply(step_.state + p.op.row.state_offset + b.first * p.vector_side().length,
-                          reciprocal(p.norm), p.vector + b.first * p.vector_side().length,
-                          (b.last - b.first) * p.vector_side().length);
-        return pack(p, p.op.row.transposed == 0, p.vector, b);
+        pack(p, p.forward(), state(p), b);
+        p.squares[static_cast<size_t>(b.first / p.vector_side().lines_of_part())] =
+            kernels_.sum_of_squares(state(p) + b.first * p.vector_side().length,
+                                    (b.last - b.first) * p.vector_side().length);
+        return;
+      case Stage::kNormalise:
+        scale(state(p), reciprocal(p.state_norm), p.vector_side(), b, p.vector);
+        return pack(p, p.forward(), p.vector, b);
       case Stage::kFirst:
-        return product(p, p.op.row.transposed == 0, p.vector, p.image, b, memory);
+        return product(p, p.forward(), p.entered, p.image, b, space);
       case Stage::kTurn:
-        scale(p.image, reciprocal(p.norm), p.image_side(), b, p.image);
-        return moves() ? pack(p, p.op.row.transposed != 0, p.image, b) : void();
+        scale(p.image, reciprocal(p.image_norm), p.image_side(), b, p.image);
+        if (moves()) pack(p, !p.forward(), p.image, b);
+        return;
       case Stage::kSecond:
-        return product(p, p.op.row.transposed != 0, p.image, back(p), b, memory);
+        return product(p, !p.forward(), p.image, back(p), b, space);
+      case Stage::kKeep:
+        return scale(state(p), reciprocal(p.state_norm), p.vector_side(), b, p.vector);
       case Stage::kLeave:
         return leave(p, b);
     }
+  }
+
+  const float* state(const Power& p) const { return step_.state + p.op.row.state_offset; }
+  float sigma_before(const Power& p) const {
+    return static_cast<float>(p.image_norm * reciprocal(p.entered_norm));
   }
 
   void scale(const float* x, double factor, const Side& side, const Block& b, float* y) {
@@ -244,18 +256,18 @@ class Step {
   }
 
   void pack(Power& p, bool forward, const float* x, const Block& b) {
-    if (forward) {
-      kernels_.fill_planes(p.op, x, true, p.planes, b.first, b.last);
-    } else {
+    if (!forward) {
       kernels_.fill_panels(p.op, x, p.panels, b.first, b.last);
+    } else if (!in_place(p.op)) {
+      kernels_.fill_planes(p.op, x, true, p.planes, b.first, b.last);
     }
   }
 
-  void product(Power& p, bool forward, const float* x, float* y, const Block& b, float* memory) {
+  void product(Power& p, bool forward, const float* x, float* y, const Block& b, float* space) {
     if (forward) {
-      kernels_.image(p.op, p.planes, x, y, b, memory);
+      kernels_.image(p.op, in_place(p.op) ? x : p.planes, x, y, p.squares.data(), b, space);
     } else {
-      kernels_.adjoint(p.op, p.panels, x, y, b, memory);
+      kernels_.adjoint(p.op, p.panels, x, y, p.squares.data(), b, space);
     }
   }
 
@@ -264,14 +276,12 @@ class Step {
   void leave(Power& p, const Block& b) {
     const Side side = p.vector_side();
     const int64_t at = b.first * side.length, n = (b.last - b.first) * side.length;
-    float* next = back(p) + at;
-    if (p.norm == 0.0) {
-      std::memcpy(next, p.vector + at, static_cast<size_t>(n) * sizeof(float));
-      return;
+    if (p.back_norm == 0.0) {
+      scale(state(p), reciprocal(p.state_norm), side, b, p.vector);
+    } else {
+      scale(back(p), reciprocal(p.back_norm), side, b, p.vector);
     }
-    scale(back(p), reciprocal(p.norm), side, b, p.vector);
-    std::memcpy(next,
-                std::isfinite(p.norm) ? p.vector + at : step_.state + p.op.row.state_offset + at,
+    std::memcpy(back(p) + at, std::isfinite(p.back_norm) ? p.vector + at : state(p) + at,
                 static_cast<size_t>(n) * sizeof(float));
   }
 

@@ -120,7 +120,7 @@ class Vjp {
     }
     outers_.push_back(std::move(o));
   }
-  static int64_t column_block(const Block& b) { return b.begin / kBlockColumns; }
+  static int64_t column_block(const Block& b) { return b.begin / kGradientColumns; }
 
   int64_t packed_floats(const Outer& o) const {
     return plane_floats(o.op) + tile_floats(o.op, kernels_);
@@ -160,8 +160,10 @@ class Vjp {
   void place(Outer& o, size_t parity) {
     float* memory = memory_[parity].get() + used_;
     const int64_t planes = plane_floats(o.op);
-    std::memset(memory, 0, kSlack * sizeof(float));
-    std::memset(memory + planes - kSlack, 0, kSlack * sizeof(float));
+    if (planes > 0) {
+      std::memset(memory, 0, kSlack * sizeof(float));
+      std::memset(memory + planes - kSlack, 0, kSlack * sizeof(float));
+    }
     o.planes = memory + kSlack;
     o.tiles = memory + planes + kSlack;
     used_ += packed_floats(o);
@@ -179,6 +181,7 @@ class Vjp {
     const Block& b = task.block;
     switch (task.stage) {
       case Stage::kPlanes:
+        if (in_place(o.op)) return;
         return kernels_.fill_planes(o.op, o.inputs, !o.sums, o.planes, b.first, b.last);
       case Stage::kTiles:
         return kernels_.fill_tiles(o.op, o.outputs, o.factor, !o.sums, o.tiles, b.first, b.last);
@@ -188,7 +191,8 @@ class Vjp {
           target.row_sums = o.row_sums.data() + column_block(b) * o.rows();
           target.column_sums = o.column_sums.data() + b.part * o.width();
         }
-        return kernels_.gradient(o.op, o.planes, o.tiles, target, b, space);
+        return kernels_.gradient(o.op, in_place(o.op) ? o.inputs : o.planes, o.tiles, target, b,
+                                 space);
       }
     }
   }

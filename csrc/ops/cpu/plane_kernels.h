@@ -93,17 +93,16 @@ void fill_panels(const Convolution& op, const float* u, float* panels, int64_t f
                  int64_t last) {
   const int64_t rows = op.row.rows, points = op.outputs();
   const int64_t count = (points + kPanel - 1) / kPanel;
-  for (int64_t r = first; r < last; ++r) {
-    const float factor = op.row_scale ? op.row_scale[r] : 1.0f;
-    const float* from = u + r * points;
-    if (points == 1) {
-      panels[r] = factor * *from;
-      continue;
-    }
-    float* to = panels + (r / rows * count * rows + r % rows) * kPanel;
-    for (int64_t o = 0; o < points; o += kPanel, to += rows * kPanel) {
-      const int64_t here = std::min(points - o, kPanel);
-      scale_floats(from + o, factor, to, here);
+  for (int64_t o = 0; o < points; o += kPanel) {
+    const int64_t here = std::min(points - o, kPanel);
+    for (int64_t r = first; r < last; ++r) {
+      const float factor = op.row_scale ? op.row_scale[r] : 1.0f;
+      if (points == 1) {
+        panels[r] = factor * u[r];
+        continue;
+      }
+      float* to = panels + ((r / rows * count + o / kPanel) * rows + r % rows) * kPanel;
+      scale_floats(u + r * points + o, factor, to, here);
       for (int64_t j = here; j < kPanel; ++j) to[j] = 0.0f;
     }
   }
@@ -143,20 +142,28 @@ void fill_tiles(const Convolution& op, const float* u, float factor, bool scaled
   }
 }
 
-// Squares of floats neither overflow nor vanish in double; eight sums hide the additions' latency.
+// Squares of floats neither overflow nor vanish in double; many sums hide the additions' latency.
 double sum_of_squares(const float* x, int64_t n) {
-  double sums[8] = {};
+  constexpr int64_t count = 32;
+  double sums[count] = {};
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int j = 0; j < 8; ++j) {
+  for (; i + count <= n; i += count) {
+    for (int64_t j = 0; j < count; ++j) {
       const double value = x[i + j];
       sums[j] += value * value;
     }
   }
-  for (int j = 0; i < n; ++i, ++j) sums[j] += static_cast<double>(x[i]) * x[i];
-  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+  for (int64_t j = 0; i < n; ++i, ++j) sums[j] += static_cast<double>(x[i]) * x[i];
+  for (int64_t half = count / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return sums[0];
 }
 
 void multiply(const float* x, double factor, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<float>(x[i] * factor);
+  if (std::abs(factor) > 1e-30 && std::abs(factor) < 1e30) {
+    scale_floats(x, static_cast<float>(factor), y, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<float>(x[i] * factor);
+  }
 }

@@ -12,27 +12,45 @@ constexpr int64_t kPanel = 2 * kWidth;
 // Not a power of two: rows of a staged tile must not meet in the same cache sets.
 constexpr int64_t kStage = kDepth + 16;
 
+// What is read after a tile, fetched while it multiplies: one cache line per step in depth, in
+// groups of kAhead steps, at  start + step * (i % kAhead) + group * (i / kAhead)  bytes.
+constexpr int64_t kAhead = 16;
+struct Ahead {
+  const void* start;
+  int64_t step, group;
+};
+
 // C (kRows, columns) = or += A B. `columns` fills kVectors vectors but for a part of the last.
 template <int kRows, int kVectors, bool kStaged>
 void tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride, int64_t columns,
-          bool add) {
+          bool add, Ahead ahead) {
   constexpr int64_t row_step = kStaged ? kStage : 1;
   constexpr int64_t depth_step = kStaged ? 1 : kTileRows;
   Vec sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = v::zero();
+    for (int j = 0; j < kVectors; ++j) {
+      sum[i][j] = v::zero();
+      LMTFAST_FETCH(c + i * stride + j * kWidth);
+    }
+    LMTFAST_FETCH(c + i * stride + columns - 1);
   }
-  for (int64_t k = 0; k < depth; ++k, a += depth_step, b += kPanel) {
-    Vec right[kVectors];
+  const char* group = static_cast<const char*>(ahead.start);
+  for (int64_t begin = 0; begin < depth; begin += kAhead, group += ahead.group) {
+    const char* line = group;
+    const int64_t end = std::min(depth, begin + kAhead);
+    for (int64_t k = begin; k < end; ++k, a += depth_step, b += kPanel, line += ahead.step) {
+      LMTFAST_FETCH(line);
+      Vec right[kVectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) right[j] = v::load(b + j * kWidth);
+      for (int j = 0; j < kVectors; ++j) right[j] = v::load(b + j * kWidth);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Vec left = v::broadcast(a[i * row_step]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec left = v::broadcast(a[i * row_step]);
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = v::fma(left, right[j], sum[i][j]);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = v::fma(left, right[j], sum[i][j]);
+      }
     }
   }
   const int64_t last = columns - (kVectors - 1) * kWidth;
@@ -50,7 +68,7 @@ void tile(int64_t depth, const float* a, const float* b, float* c, int64_t strid
   }
 }
 
-using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool);
+using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool, Ahead);
 
 template <bool kStaged, size_t... kRows>
 Tile tile_of(int64_t rows, int64_t vectors, std::index_sequence<kRows...>) {
@@ -62,12 +80,14 @@ Tile tile_of(int64_t rows, int64_t vectors, std::index_sequence<kRows...>) {
 // The columns [0, columns) of a tile's product with successive panels of stride `panel_stride`.
 template <bool kStaged>
 void multiply_panels(int64_t rows, int64_t depth, const float* a, const float* b,
-                     int64_t panel_stride, float* c, int64_t stride, int64_t columns, bool add) {
+                     int64_t panel_stride, float* c, int64_t stride, int64_t columns, bool add,
+                     Ahead ahead) {
   constexpr auto all = std::make_index_sequence<kTileRows>();
   for (int64_t n = 0; n < columns; n += kPanel, b += panel_stride) {
     const int64_t count = std::min(columns - n, kPanel);
     const int64_t vectors = (count + kWidth - 1) / kWidth;
-    tile_of<kStaged>(rows, vectors, all)(depth, a, b, c + n, stride, count, add);
+    tile_of<kStaged>(rows, vectors, all)(depth, a, b, c + n, stride, count, add, ahead);
+    ahead = {a, 0, 0};
   }
 }
 
@@ -89,14 +109,29 @@ void stage_rows(const Weight* w, int64_t stride, int64_t rows, int64_t depth, fl
   for (int64_t i = 0; i < rows; ++i) copy_floats(w + i * stride, staged + i * kStage, depth);
 }
 
-// A few columns of W at a range of rows, one row after the other; spills into kSlack.
+// Columns [0, count) of W at a range of rows, tile by tile (kDepth, kTileRows), each with kSlack.
+constexpr int64_t kPackedTile = kDepth * kTileRows + kSlack;
 template <class Weight>
 void pack_columns(const Weight* w, int64_t stride, int64_t count, int64_t depth, float* packed) {
-  for (int64_t k = 0; k < depth; ++k, w += stride, packed += kTileRows) {
-    if (count <= kWidth) {
-      v::store(packed, count == kWidth ? v::load(w) : v::load_part(w, count));
-    } else {
-      copy_floats(w, packed, count);
+  // A few rows at a time, so that lines that tiles share are still at hand.
+  constexpr int64_t few = 8, line = 64 / sizeof(Weight);
+  for (int64_t k = 0; k < depth; k += few, w += few * stride, packed += few * kTileRows) {
+    const int64_t here = std::min(depth - k, few);
+    for (int64_t i = 0, low = 0; low < count; ++i) {
+      const int64_t high = tile_begin(count, i + 1), used = high - low;
+      float* to = packed + i * kPackedTile;
+      const Weight* from = w + low;
+      for (int64_t r = 0; r < here; ++r, to += kTileRows, from += stride) {
+        LMTFAST_FETCH(from + few * stride + line / 2);
+        if (used < kWidth) {
+          v::store(to, v::load_part(from, used));
+        } else if (used == kWidth) {
+          v::store(to, v::load(from));
+        } else {
+          copy_floats(from, to, used);
+        }
+      }
+      low = high;
     }
   }
 }
@@ -115,9 +150,15 @@ inline void find_lanes(const Convolution& op, int64_t begin, int64_t count, Lane
   }
 }
 
+// kRuns runs, or any number if that is 0. A single run is not read beyond its end: it may lie at the
+// end of a caller's buffer.
+template <int kRuns = 0>
 inline Vec load_lanes(const float* plane, const Lanes& lanes) {
-  Vec x = v::load(plane + lanes.runs[0].place);
-  for (int64_t i = 1; i < lanes.count; ++i) {
+  const Run& first = lanes.runs[0];
+  const int64_t count = kRuns > 0 ? kRuns : lanes.count;
+  if (count == 1 && first.length < kWidth) return v::load_part(plane + first.place, first.length);
+  Vec x = v::load(plane + first.place);
+  for (int64_t i = 1; i < count; ++i) {
     const Run& run = lanes.runs[i];
     x = v::load_from(x, run.lane, plane + run.place - run.lane);
   }
@@ -150,10 +191,26 @@ class Columns {
   int64_t taps_, channels_, channel_, tap_;
 };
 
+template <int kFirst, int kSecond>
+void gather_two(Columns column, const float* planes, int64_t depth, const Lanes* lanes,
+                float* panel) {
+  for (int64_t i = 0; i < depth; ++i, column.next(), panel += kPanel) {
+    const float* plane = planes + column.offset();
+    v::store(panel, load_lanes<kFirst>(plane, lanes[0]));
+    v::store(panel + kWidth, load_lanes<kSecond>(plane, lanes[1]));
+  }
+}
+
 // A panel (depth, kPanel) of X: columns of W from `k` on, at a panel of outputs.
 inline void gather_panel(const Convolution& op, const float* planes, int64_t k, int64_t depth,
                          const Lanes* lanes, int64_t vectors, float* panel) {
   Columns column(op, k);
+  if (vectors == 2 && lanes[0].count <= 2 && lanes[1].count <= 2) {
+    const auto gather = lanes[0].count == 1
+                            ? (lanes[1].count == 1 ? gather_two<1, 1> : gather_two<1, 2>)
+                            : (lanes[1].count == 1 ? gather_two<2, 1> : gather_two<2, 2>);
+    return gather(column, planes, depth, lanes, panel);
+  }
   for (int64_t i = 0; i < depth; ++i, column.next(), panel += kPanel) {
     const float* plane = planes + column.offset();
     for (int64_t j = 0; j < vectors; ++j) v::store(panel + j * kWidth, load_lanes(plane, lanes[j]));
