@@ -46,8 +46,8 @@ class Case:
         return f"{self.op} {self.shape}"
 
 
-def _library(*engines: str) -> tuple[str, ...]:
-    return tuple(f"lmtfast {engine} ({backend})" for engine in engines for backend in BACKENDS)
+def _library(*engines: str, backends: tuple[str, ...] = BACKENDS) -> tuple[str, ...]:
+    return tuple(f"lmtfast {engine} ({backend})" for engine in engines for backend in backends)
 
 
 BOTH = ("forward", "gradient")
@@ -55,7 +55,9 @@ PEERS = (
     "per layer", "LiResNet, 10 iterations", "LiResNet, 1 iteration", "GloRo, 5 iterations",
     "torch spectral_norm",
 )  # fmt: skip
-COMPILED = ("per layer, compiled", "LiResNet, 10 iterations, compiled")
+COMPILED_PEERS = ("per layer, compiled", "LiResNet, 10 iterations, compiled")
+# Without the reference, which is the definition and not meant to be fast.
+KERNELS = tuple(backend for backend in BACKENDS if backend != "reference")
 PLAIN = ("plain, K x K Gram", "plain, N x K Gram rows", "plain, (N, K, D) differences")
 LOSSES = (*PLAIN, *(f"lmtfast ({backend})" for backend in BACKENDS))
 PAIRS = ("torch.cdist pairs", "plain, Gram rows pairs",
@@ -67,19 +69,23 @@ CASES = (
     Case("bound", "wrn-10-1", BOTH, ("per layer", *_library(*ENGINES)), ("quick",)),
     Case("bound", "wrn-16-4", BOTH, (*PEERS, "Gram iteration", *_library(*ENGINES)),
          ("cpu", "gpu")),
-    Case("bound", "wrn-28-10", BOTH, (*PEERS, COMPILED[0], *_library(*ENGINES)), ("cpu", "gpu"),
-         share=3.0),
+    Case("bound", "wrn-28-10", BOTH, (*PEERS, COMPILED_PEERS[0], *_library(*ENGINES)),
+         ("cpu", "gpu"), share=3.0),
     Case("bound", "resnet-14", BOTH, ("per layer", *_library("auto")), ("quick",)),
-    Case("bound", "resnet-50", BOTH, (*PEERS, *_library(*ENGINES)), ("cpu", "gpu"), share=2.0),
-    Case("bound", "l2w8", BOTH, (*PEERS, *COMPILED, "Gram iteration", *_library("symbol")),
+    Case("bound", "resnet-50", BOTH, ("per layer", "LiResNet, 1 iteration",
+                                      *_library(*ENGINES, backends=KERNELS)), ("cpu", "gpu")),
+    Case("bound", "l2w8", BOTH, (*PEERS, *COMPILED_PEERS, "Gram iteration", *_library("symbol")),
          ("quick",)),
-    Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations", "LiResNet, 1 iteration", COMPILED[1],
-                                    "per layer", *_library(*ENGINES)), ("cpu", "gpu"), share=3.0),
+    *(Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations", "LiResNet, 1 iteration", *more,
+                                      "per layer", *_library(*ENGINES, backends=KERNELS)),
+           (suite,), share=2.0)
+      for suite, more in (("cpu", ()), ("gpu", COMPILED_PEERS[1:]))),
     # Cost against image size.
     *(Case("bound", f"wrn-28-10 at {size}", ("forward",),
-           ("per layer", *_library("symbol", "auto")), ("cpu", "gpu")) for size in (64, 128)),
-    Case("bound", "wrn-28-10 at 224", ("forward",), ("per layer", *_library("symbol")),
-         ("cpu", "gpu")),
+           (*peers, *_library("symbol", backends=KERNELS)), (suite,))
+      for suite, size, peers in (
+          ("cpu", 64, PEERS[:1]), ("cpu", 128, PEERS[:1]), ("cpu", 224, ()),
+          ("gpu", 64, PEERS[:1]), ("gpu", 128, PEERS[:1]), ("gpu", 224, PEERS[:1]))),
     # Margin cross-entropy.
     Case("loss", "64 x 200 x 256", ("gradient",), LOSSES, ("quick",), memory=True),
     Case("loss", "256 x 10 x 2048", ("gradient",), LOSSES, ("cpu", "gpu"), memory=True),
