@@ -46,6 +46,8 @@ void validate_row(const lmtfast_network& net, const lmtfast_tensor* tensors, int
         row.stride[axis] * (row.out[axis] - 1) + row.dilation[axis] * (row.kernel[axis] - 1) + 1;
     require_in(reach <= row.in[axis] + row.pad_low[axis] + row.pad_high[axis],
                "an output that reads inside the padded input", row.out[axis], "rows.out", i);
+    require_in(row.identity == 0.0 || row.pad_low[axis] / row.dilation[axis] < row.kernel[axis],
+               "an identity at a tap of the kernel", row.pad_low[axis], "rows.pad_low", i);
   }
   require_in(
       row.rank == std::min({static_cast<int64_t>(LMTFAST_RANK), row.channels, volume(row.in)}),
@@ -67,6 +69,14 @@ void validate_row(const lmtfast_network& net, const lmtfast_tensor* tensors, int
 }
 
 }  // namespace
+
+int64_t centre_tap(const lmtfast_op_row& row) {
+  int64_t tap = 0;
+  for (int axis = 0; axis < LMTFAST_OP_ROW_AXES; ++axis) {
+    tap = tap * row.kernel[axis] + row.pad_low[axis] / row.dilation[axis];
+  }
+  return tap;
+}
 
 int64_t state_entries(const lmtfast_op_row& row) {
   switch (row.engine) {

@@ -37,6 +37,9 @@ inline int64_t taps(const lmtfast_op_row& row) { return volume(row.kernel); }
 inline int64_t phases(const lmtfast_op_row& row) { return volume(row.stride); }
 inline int64_t columns(const lmtfast_op_row& row) { return row.channels * taps(row); }
 
+// The tap that the identity of a row acts at; inside the kernel wherever a row has an identity.
+int64_t centre_tap(const lmtfast_op_row& row);
+
 // Entries of a row's iterate and of what it saves; lmtfast/table.py holds the same formulas.
 int64_t state_entries(const lmtfast_op_row& row);
 int64_t saved_entries(const lmtfast_op_row& row);

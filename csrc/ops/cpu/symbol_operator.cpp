@@ -5,23 +5,6 @@
 #include "ops/cpu/symbol.h"
 
 namespace lmtfast::cpu {
-namespace {
-
-int64_t centre_tap(const lmtfast_op_row& row, int64_t index) {
-  int64_t tap = 0;
-  for (int axis = 0; axis < LMTFAST_OP_ROW_AXES; ++axis) {
-    const int64_t at = row.pad_low[axis] / row.dilation[axis];
-    if (row.identity != 0.0 && at >= row.kernel[axis]) {
-      throw_invalid("an identity at a tap of the kernel", at,
-                    "rows.identity[" + std::to_string(index) + "]");
-    }
-    tap = tap * row.kernel[axis] + at;
-  }
-  return tap;
-}
-
-}  // namespace
-
 SymbolOperator::SymbolOperator(const lmtfast_network& network, const lmtfast_tensor* tensors,
                                const float* scales, int64_t which)
     : row(&network.rows[which]),
@@ -33,7 +16,7 @@ SymbolOperator::SymbolOperator(const lmtfast_network& network, const lmtfast_ten
       columns(lmtfast::columns(*row)),
       blocks(blocks_of(columns)),
       width(phases(*row) * row->channels),
-      centre(centre_tap(*row, which)),
+      centre(row->identity == 0.0 ? 0 : centre_tap(*row)),
       channel_step(weight->tap_major ? 1 : spectrum.taps()),
       tap_step(weight->tap_major ? row->channels : 1),
       period(weight->tap_major ? blocks : std::min(spectrum.taps(), blocks)) {}
