@@ -227,7 +227,7 @@ def training_lines(path: Path) -> Iterator[str]:
     """One line per network and batch size: each variant's time over the one without a bound."""
     cases: dict[str, list[dict[str, str]]] = {}
     for row in read_rows(path)[1]:
-        cases.setdefault(row["shape"], []).append(row)
+        cases.setdefault(f"{row['shape']}, {row['mode']}", []).append(row)
     for shape, rows in cases.items():
         parts = [
             f"{r['provider']} {float(r['median_ms']):.4g} ms ({1 / float(r['times_faster']):.4f})"

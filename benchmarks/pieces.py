@@ -107,7 +107,7 @@ class ComposeProblem:
     """The bound of a network from given norms, and its derivative in each."""
 
     def __init__(self, shape: str, device: torch.device) -> None:
-        self.bounds = BoundProblem(shape, device)
+        self.bounds, self.device = BoundProblem(shape, device), device
         self.plan = lf.trace(self.bounds.model, self.bounds.network.input_shape)
         self.sigmas = torch.linspace(0.5, 1.5, len(self.plan.operators)).to(device)
 

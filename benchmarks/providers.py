@@ -34,6 +34,7 @@ PROBLEMS: dict[str, Callable[[str, torch.device], Any]] = {
 }  # fmt: skip
 ENGINES = ("operator", "symbol", "separable", "auto")
 BACKENDS = ("reference", "native", "triton", "cuda")
+HOST_ONLY = ("native",)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Provider:
                 raise UnavailableError("no backend of this name is registered")
             if not status.available:
                 raise UnavailableError(status.reason)
+            if self.backend in HOST_ONLY and problem.device.type != "cpu":
+                raise UnavailableError("it computes on the CPU")
         with reasons():
             return self.make(problem)
 

@@ -122,10 +122,8 @@ def time_cell(cells: Cells, provider: str) -> str:
     row = cells.get(provider)
     if row is None or row["status"] != "ok":
         return "–"
-    first = next(iter(cells.values()))
-    text = number(float(row["median_ms"]))
-    faster = float(row["times_faster"] or 1.0)
-    return text if row is first or not row["times_faster"] else f"{text} ({number(faster)}x)"
+    text, faster = number(float(row["median_ms"])), float(row["times_faster"])
+    return text if faster == 1.0 else f"{text} ({number(faster)}x)"
 
 
 def memory_cell(cells: Cells, provider: str) -> str:

@@ -46,6 +46,7 @@ class CaseRun:
         # Graphs of earlier cases count against the limit beyond which torch stops compiling.
         torch.compiler.reset()
         self.problem: Any = PROBLEMS[case.op](case.shape, device)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.runners: dict[str, list[Runner]] = {}
         self.verdicts: dict[str, Verdict] = {}
         self.refused: dict[str, tuple[str, str]] = {}
@@ -86,7 +87,7 @@ class CaseRun:
             return host_sampler(calls[0]), "host"
         if PROVIDERS[name].capturable:
             try:
-                return graph_sampler(calls), "graph"
+                return graph_sampler(calls, self.pool), "graph"
             except RuntimeError:
                 torch.cuda.synchronize(self.device)
         return queued_sampler(calls), "events"
@@ -123,33 +124,32 @@ class CaseRun:
         baseline: float | None,
     ) -> Row:
         case, provider, verdict = self.case, PROVIDERS[name], self.verdicts.get(name)
-        status, reason = self.refused.get(name) or ("ok", self._note(name))
-        fixed = (case.op, case.shape, mode, name, provider.quantity, status, reason)
+        status, reason = self.refused.get(name, ("ok", ""))
+        fixed = (case.op, case.shape, mode, name, provider.quantity, status)
         errors = (None, None) if verdict is None else (verdict.values, verdict.gradients)
         if samples is None:
-            return Row(*fixed, value_error=errors[0], gradient_error=errors[1])
+            return Row(*fixed, reason, value_error=errors[0], gradient_error=errors[1])
         least = work(self.problem, mode, provider.quantity)
         light = None if least is None else ceilings.seconds(least.moved, least.operations)
-        extra, limit = self._memory(name)
+        note = str(getattr(self.runners[name][0], "note", ""))
+        extra, limit = None, None
+        if case.memory:
+            try:
+                extra, limit = self._extra_bytes(name), memory_limit(self.problem)
+            except Exception as error:
+                note = f"memory not measured: {first_line(error)}"
         return Row(
-            *fixed, clock, len(samples.seconds), 1e3 * samples.percentile(20),
+            *fixed, note, clock, len(samples.seconds), 1e3 * samples.percentile(20),
             1e3 * samples.median, 1e3 * samples.percentile(80),
             None if baseline is None else baseline / samples.median,
             None if light is None else 1e3 * light,
             None if light is None else light / samples.median, *errors, extra, limit,
         )  # fmt: skip
 
-    def _note(self, name: str) -> str:
-        return str(getattr(self.runners[name][0], "note", ""))
-
-    def _memory(self, name: str) -> tuple[int | None, int | None]:
-        if not self.case.memory:
-            return None, None
+    def _extra_bytes(self, name: str) -> int:
         if self.device.type == "cuda":
-            extra = device_extra(self.runners[name][0])
-        else:
-            extra = measure_in_subprocess(self.case.shape, name)
-        return extra, memory_limit(self.problem)
+            return device_extra(self.runners[name][0])
+        return measure_in_subprocess(self.case.shape, name)
 
 
 def first_line(error: Exception) -> str:
@@ -174,6 +174,8 @@ def run(
             yield rows
         del prepared
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def chosen_cases(suite: str, only: str) -> list[Case]:

@@ -19,7 +19,7 @@ import torch
 Call = Callable[[], object]
 Sampler = Callable[[], float]
 
-MIN_SAMPLE_SECONDS = 5e-3
+MIN_SAMPLE_SECONDS, MAX_REPEATS = 5e-3, 10
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 # A variant that takes more than this share of the time for one sample gets three.
 SLOW_SHARE, SLOW_ROUNDS = 0.1, 3
@@ -55,19 +55,28 @@ def host_sampler(call: Call) -> Sampler:
     return sample
 
 
-def graph_sampler(calls: list[Call]) -> Sampler:
-    """Seconds per call of one replay of all calls in a CUDA graph; raises if one resists."""
+def graph_sampler(calls: list[Call], pool: object = None) -> Sampler:
+    """Seconds per call of one replay of all calls in a CUDA graph; raises if one resists.
+
+    Short calls are repeated within the graph. ``pool`` (``torch.cuda.graph_pool_handle()``) lets
+    the graphs of several variants, which never run at once, use the same memory.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        start = time.perf_counter()
         for call in calls:
             call()
+        stream.synchronize()
+        once = time.perf_counter() - start
     torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.empty_cache()
+    repeats = max(1, min(MAX_REPEATS, round(MIN_SAMPLE_SECONDS / once)))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
+    with torch.cuda.graph(graph, pool=pool):
+        for call in calls * repeats:
             call()
-    return _between_events(graph.replay, len(calls))
+    return _between_events(graph.replay, len(calls) * repeats)
 
 
 def queued_sampler(calls: list[Call]) -> Sampler:

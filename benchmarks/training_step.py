@@ -6,13 +6,15 @@
 
 A step is forward in bfloat16 autocast, the loss, backward and SGD with momentum. ``plain`` is
 cross-entropy; the others are the LMT++ loss with the bound of one engine, on the backend that the
-library chooses or on the one named.
+library chooses or on the one named. On a GPU both clocks are read: events around a queued step
+(what the device does) and the host's over several steps (what a user waits for).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,9 +31,10 @@ from benchmarks.piggy_back import PiggyBack
 from benchmarks.problems import EPS, UnavailableError, reasons
 from benchmarks.report import Row, text_table, write_rows
 from benchmarks.run import first_line
-from benchmarks.timing import Sampler, graph_sampler, host_sampler, interleave, queued_sampler
+from benchmarks.timing import Sampler, host_sampler, interleave, queued_sampler
 
 FILE = "training.csv"
+STEPS = 4  # of a sample by the host's clock
 # Lets backward reach the iterates where no sample has a margin, and so the loss no slope in them.
 CARRIED = 1e-6
 
@@ -141,52 +144,57 @@ def _bound(features: Tensor, head: nn.Linear) -> lf.LipschitzBound:
     )  # fmt: skip
 
 
-def sampler(step: TrainingStep) -> tuple[Sampler, str]:
-    """What takes one sample of a step, and its clock."""
+def samplers_of(step: TrainingStep) -> dict[str, Sampler]:
+    """Clocks to sample a step with: the host's, and on a GPU the device's beside it."""
     if step.device.type == "cpu":
-        return host_sampler(step), "host"
-    try:
-        return graph_sampler([step]), "graph"
-    except RuntimeError:
+        return {"host": host_sampler(step)}
+
+    def wall() -> float:
+        # Several steps: the host may run ahead, as it does in training.
         torch.cuda.synchronize()
-        return queued_sampler([step]), "events"
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / STEPS
+
+    return {"events": queued_sampler([step]), "host": wall}
 
 
 def run_case(case: StepCase, device: torch.device, seconds: float) -> list[Row]:
-    """Rows of one case. A variant whose loss is not finite is red and has no time."""
-    samplers: dict[str, Sampler] = {}
-    clocks: dict[str, str] = {}
+    """Rows of one case, per clock. A variant whose loss is not finite is red and has no time."""
+    samplers: dict[str, dict[str, Sampler]] = {}
     refused: dict[str, tuple[str, str]] = {}
+    torch.compiler.reset()
     for variant in case.variants:
         try:
             with reasons():
                 step = TrainingStep(case, variant, device)
                 losses = [float(step()) for _ in range(2)]
-                if not all(loss == loss and abs(loss) < float("inf") for loss in losses):
+                if all(math.isfinite(loss) for loss in losses):
+                    samplers[variant.name] = samplers_of(step)
+                else:
                     refused[variant.name] = "red", f"losses {losses}"
-                    continue
-                samplers[variant.name], clocks[variant.name] = sampler(step)
         except UnavailableError as error:
             refused[variant.name] = "not available", str(error)
         except Exception as error:  # one variant that breaks must not hide the others
             refused[variant.name] = "failed", f"{type(error).__name__}: {first_line(error)}"
-    taken = interleave(samplers, seconds)
-    baseline = taken[case.variants[0].name].median if case.variants[0].name in taken else None
+    clocks = ("host",) if device.type == "cpu" else ("events", "host")
     rows = []
-    for variant in case.variants:
-        status, reason = refused.get(variant.name, ("ok", ""))
-        fixed = ("training step", case.shape, "bfloat16", variant.name, variant.engine or "")
-        samples = taken.get(variant.name)
-        if samples is None:
-            rows.append(Row(*fixed, status, reason))
-            continue
-        rows.append(
-            Row(
-                *fixed, status, reason, clocks[variant.name], len(samples.seconds),
-                *(1e3 * samples.percentile(q) for q in (20, 50, 80)),
-                None if baseline is None else baseline / samples.median,
-            )
-        )  # fmt: skip
+    for clock in clocks:
+        taken = interleave({name: s[clock] for name, s in samplers.items()}, seconds)
+        baseline = taken.get(case.variants[0].name)
+        for variant in case.variants:
+            status, reason = refused.get(variant.name, ("ok", ""))
+            fixed = ("training step", case.shape, f"bfloat16, {clock}", variant.name,
+                     variant.engine or "", status, reason)  # fmt: skip
+            samples = taken.get(variant.name)
+            if samples is None:
+                rows.append(Row(*fixed))
+                continue
+            times = (1e3 * samples.percentile(q) for q in (20, 50, 80))
+            faster = None if baseline is None else baseline.median / samples.median
+            rows.append(Row(*fixed, clock, len(samples.seconds), *times, faster))
     return rows
 
 

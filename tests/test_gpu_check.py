@@ -129,7 +129,7 @@ def test_the_summary_shows_ours_beside_the_first(tmp_path):
     assert "| a stage | done | 1 | a / b |" in text
     assert "per layer 2 ms; lmtfast symbol (cuda) 0.1 ms, 20x; RED OR FAILED" in text
     assert list(training_lines(tmp_path / "training.csv")) == [
-        "net: plain 20 ms (1.0000); auto 20.2 ms (1.0100)"
+        "net, gradient: plain 20 ms (1.0000); auto 20.2 ms (1.0100)"
     ]
 
 
