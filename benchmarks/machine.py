@@ -65,7 +65,9 @@ def processor() -> tuple[str, list[str]]:
 def header(device: torch.device) -> dict[str, str]:
     """Lines that stand above every table of results."""
     name, flags = processor()
-    commit = output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    # A copy without its history is told its commit.
+    told = os.environ.get("LMTFAST_COMMIT", "unknown")
+    commit = output("git", "rev-parse", "--short=12", "HEAD") or told
     changed = output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks")
     lines = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -70,7 +70,6 @@ def graph_sampler(calls: list[Call], pool: object = None) -> Sampler:
         stream.synchronize()
         once = time.perf_counter() - start
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()
     repeats = max(1, min(MAX_REPEATS, round(MIN_SAMPLE_SECONDS / once)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
