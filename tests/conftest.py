@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from lmtfast import backends
-from lmtfast.backends import cuda_device
 from lmtfast.rules import MODULE_RULES, OPERATION_RULES
-from tests.emulation import emulated_core
+from tests.emulation import emulated
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when it is first
 # imported, which none of the imports above do; a test that compiles kernels runs a subprocess
@@ -99,12 +98,10 @@ def _fixed_start() -> Iterator[None]:
 
 
 @pytest.fixture
-def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def emulated_cuda() -> Iterator[ModuleType]:
     """Backend "cuda" runs its kernels on CPU tensors, compiled for the CPU."""
-    core = emulated_core()
-    core.set_order(0)
-    monkeypatch.setattr(cuda_device, "core", core)
-    return core
+    with emulated() as core:
+        yield core
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+from lmtfast.backends import cuda_device
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "ctest"
@@ -52,3 +56,15 @@ def emulated_core() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[ModuleType]:
+    """Backend "cuda" runs its kernels on CPU tensors, compiled for the CPU."""
+    core, before = emulated_core(), cuda_device.core
+    core.set_order(0)
+    cuda_device.core = core
+    try:
+        yield core
+    finally:
+        cuda_device.core = before

@@ -23,6 +23,7 @@ from lmtfast.engines import ENGINES, get_engine, polyphase, separable, symbol
 from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.graph import BoundGraph, Conv, Instruction, Region, RegionNode
 from lmtfast.plan import BoundPlan, make_plan
+from tests.emulation import emulated
 from tests.spectral_cases import CASES, Network, conv, randn, runnable, scaled
 
 
@@ -34,11 +35,12 @@ class Provider(NamedTuple):
     using: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 
-PROVIDERS = (Provider("native", "cpu"),)
+PROVIDERS = (Provider("native", "cpu"), Provider("cuda", "cpu", emulated))
 
 
 def engines_of(provider: Provider) -> list[str]:
-    usable = backends.available_backends()[provider.backend].available
+    with provider.using():
+        usable = backends.available_backends()[provider.backend].available
     return [e for e in ENGINES if usable and e in backends.steps(provider.backend)]
 
 

@@ -36,3 +36,24 @@ lmtfast_status lmtfast_cuda_pair_norm_vjp(const lmtfast_pair_norm*, const void*,
                                           void*, void*) {
   return refuse();
 }
+
+lmtfast_status lmtfast_cuda_plan(const lmtfast_network*, int64_t*, int64_t, int64_t*, int64_t*) {
+  return refuse();
+}
+
+lmtfast_status lmtfast_cuda_spectral_step(const int64_t*, const int64_t*, const lmtfast_tensor*,
+                                          int64_t, const float*, float*, float*, float*, void*,
+                                          void*) {
+  return refuse();
+}
+
+lmtfast_status lmtfast_cuda_spectral_vjp(const int64_t*, const int64_t*, const lmtfast_tensor*,
+                                         int64_t, const float*, const float*, const lmtfast_tensor*,
+                                         void*, void*) {
+  return refuse();
+}
+
+lmtfast_status lmtfast_cuda_compose(const int64_t*, const int64_t*, const float*, float*, float*,
+                                    void*, void*) {
+  return refuse();
+}

@@ -3,12 +3,20 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
 #define LMTFAST_HD __host__ __device__ inline
 #else
 #define LMTFAST_HD inline
+#endif
+
+// Before a loop whose arrays must stay in registers, on a device.
+#if defined(__CUDA_ARCH__)
+#define LMTFAST_UNROLL _Pragma("unroll")
+#else
+#define LMTFAST_UNROLL
 #endif
 
 namespace lmtfast::cuda {
@@ -47,5 +55,15 @@ struct ComputeOf<double> {
 };
 template <class T>
 using Compute = typename ComputeOf<T>::type;
+
+// Sine and cosine. In half turns a device needs no reduction of large arguments, and no stack.
+LMTFAST_HD void sine_cosine(double angle, double& sine, double& cosine) {
+#if defined(__CUDA_ARCH__)
+  sincospi(angle * 0.3183098861837907, &sine, &cosine);
+#else
+  sine = std::sin(angle);
+  cosine = std::cos(angle);
+#endif
+}
 
 }  // namespace lmtfast::cuda

@@ -84,6 +84,7 @@ void pair_norm_vjp(int64_t dtype, int64_t k, int64_t d, int64_t u, int64_t strid
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  bind_cuda_spectral(m);
   m.def("capability", &capability, py::arg("device"));
   m.def("margin_forward", &margin_forward, py::arg("problem"), py::arg("loss"), py::arg("dlogits"),
         py::arg("scale"), py::arg("stream"));

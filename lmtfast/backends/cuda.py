@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmtfast.backends import cuda_device
 from lmtfast.backends.cuda_device import available
+from lmtfast.backends.cuda_spectral import STEPS, compose, spectral_step, spectral_vjp
 from lmtfast.backends.margin_argument import (
     check_margin_problem,
     check_tensor,
@@ -22,8 +23,8 @@ from lmtfast.backends.margin_argument import (
 from lmtfast.errors import DtypeError, ShapeError
 
 __all__ = [
-    "DTYPES", "MEMBERS", "available", "margin_backward", "margin_forward", "pair_norm_forward",
-    "pair_norm_vjp",
+    "DTYPES", "MEMBERS", "STEPS", "available", "compose", "margin_backward", "margin_forward",
+    "pair_norm_forward", "pair_norm_vjp", "spectral_step", "spectral_vjp",
 ]  # fmt: skip
 
 MEMBERS = {"lmt": 0, "lmt++": 1, "emma": 2, "gloro": 3}

@@ -23,6 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -31,6 +32,7 @@ struct dim3 {
 
 // One device, of compute capability 9.0, that never fails.
 using cudaError_t = int;
+using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
@@ -49,6 +51,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
            : attribute == cudaDevAttrComputeCapabilityMinor ? 0
                                                             : 3;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

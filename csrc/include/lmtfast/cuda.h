@@ -50,6 +50,33 @@ LMTFAST_API lmtfast_status lmtfast_cuda_pair_norm_vjp(const lmtfast_pair_norm* p
                                                       const void* norms, const void* grad,
                                                       void* own, void* grad_weight, void* stream);
 
+/* The plan of a network: which block of which launch does what. Made once, on the host, and copied
+ * by the caller to the device; calls take both copies. With table NULL only the sizes are written:
+ * int64 entries of the table, and bytes of the workspace that every call needs (its content does not
+ * matter and nothing in it is kept; 16-byte aligned). */
+LMTFAST_API lmtfast_status lmtfast_cuda_plan(const lmtfast_network* network, int64_t* table,
+                                             int64_t capacity, int64_t* table_size,
+                                             int64_t* workspace_bytes);
+
+/* As lmtfast_spectral_step; the array of tensors is read on the host. */
+LMTFAST_API lmtfast_status lmtfast_cuda_spectral_step(const int64_t* plan,
+                                                      const int64_t* device_plan,
+                                                      const lmtfast_tensor* tensors,
+                                                      int64_t n_tensors, const float* state,
+                                                      float* new_state, float* sigmas, float* saved,
+                                                      void* workspace, void* stream);
+
+/* As lmtfast_spectral_vjp; the arrays of tensors and gradients are read on the host. */
+LMTFAST_API lmtfast_status lmtfast_cuda_spectral_vjp(
+    const int64_t* plan, const int64_t* device_plan, const lmtfast_tensor* tensors,
+    int64_t n_tensors, const float* saved, const float* grad_sigmas, const lmtfast_tensor* grads,
+    void* workspace, void* stream);
+
+/* As lmtfast_compose. */
+LMTFAST_API lmtfast_status lmtfast_cuda_compose(const int64_t* plan, const int64_t* device_plan,
+                                                const float* sigmas, float* values, float* jacobian,
+                                                void* workspace, void* stream);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -15,4 +15,10 @@ int64_t capability(int64_t device) {
   return major * 10 + minor;
 }
 
+void zero(void* data, int64_t bytes, Stream stream) {
+  if (bytes == 0) return;
+  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
+        "cudaMemsetAsync");
+}
+
 }  // namespace lmtfast::cuda

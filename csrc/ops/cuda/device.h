@@ -3,9 +3,14 @@
 
 #include <cstdint>
 
+#include "core/device_types.h"
+
 namespace lmtfast::cuda {
 
 // Compute capability, major times ten plus minor. Throws DeviceError where there is no such device.
 int64_t capability(int64_t device);
+
+// Queues zeros.
+void zero(void* data, int64_t bytes, Stream stream);
 
 }  // namespace lmtfast::cuda

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+// The power iteration on a matrix, in column 0 of a panel: its products are bound by the bytes of
+// the weights. Definition: lmtfast/engines/operator.py.
+#pragma once
+
+#include <cmath>
+
+#include "ops/cuda/panel.h"
+
+namespace lmtfast::cuda {
+
+struct DenseStep {
+  const View& v;
+  const Op& op;
+  const float* state;
+  float *plain, *panel, *image, *back;
+  const double* norms;
+
+  __device__ DenseStep(const View& view, const Op& o) : v(view), op(o) {
+    const OpWork& w = op.work;
+    state = v.state + op.row.state_offset;
+    plain = v.floats + w.plain;
+    panel = v.floats + w.panel;
+    image = v.floats + w.image;
+    back = v.floats + w.back;
+    norms = v.doubles + w.norms;
+  }
+  // ||y||, the same in every block that asks.
+  __device__ double length() const {
+    double square = 0;
+    for (int64_t tile = 0; tile < op.work.image_tiles; ++tile) square += norms[tile * kPanel];
+    return std::sqrt(square);
+  }
+};
+
+__device__ inline void prepare_matrix(const View& v, const Op& op) {
+  const DenseStep y(v, op);
+  const Stencil& s = op.s;
+  double square = 0;
+  for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
+    square += static_cast<double>(y.state[c]) * static_cast<double>(y.state[c]);
+  }
+  const float inverse = inverse_or_one(std::sqrt(Team<true>::sum(square)));
+  for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
+    y.plain[c] = y.state[c] * inverse;
+    y.panel[static_cast<int64_t>(c) * kPanel] = y.plain[c] * op.cs(c);
+    for (int k = 1; k < kPanel; ++k) y.panel[static_cast<int64_t>(c) * kPanel + k] = 0.0f;
+  }
+}
+
+// The last block: the new iterate, saved as v, and sigma = ||A^T u||.
+__device__ inline void finish_matrix(const View& v, const Op& op, int32_t index) {
+  const DenseStep y(v, op);
+  const Stencil& s = op.s;
+  double square = 0;
+  for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
+    const double x = y.back[static_cast<int64_t>(c) * kPanel];
+    square += x * x;
+  }
+  const double norm = std::sqrt(Team<true>::sum(square));
+  const bool usable = norm > 0.0 && norm - norm == 0.0;
+  const float inverse = inverse_or_one(norm);
+  for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
+    const float next = usable ? y.back[static_cast<int64_t>(c) * kPanel] * inverse : y.plain[c];
+    v.new_state[op.row.state_offset + c] = next;
+    v.saved[op.row.saved_offset + s.rows + c] = next;
+  }
+  if (threadIdx.x == 0) v.sigmas[index] = static_cast<float>(norm);
+}
+
+// Saved u; where nothing moves, saved v and sigma = ||A v|| as well.
+__device__ inline void record_matrix(const View& v, int32_t index) {
+  const Op op(v, index, 0);
+  const DenseStep y(v, op);
+  const Stencil& s = op.s;
+  const double norm = y.length();
+  float* u = v.saved + op.row.saved_offset;
+  const float inverse = inverse_or_one(norm);
+  for (int32_t o = threadIdx.x; o < s.rows; o += kBlockThreads) {
+    u[o] = y.image[static_cast<int64_t>(o) * kPanel] * inverse;
+  }
+  if (v.new_state != nullptr) return;
+  for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) u[s.rows + c] = y.plain[c];
+  if (threadIdx.x == 0) v.sigmas[index] = static_cast<float>(norm);
+}
+
+}  // namespace lmtfast::cuda

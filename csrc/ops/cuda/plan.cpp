@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: MIT
+#include "ops/cuda/plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "ops/cuda/frequency.h"
+
+namespace lmtfast::cuda {
+namespace {
+
+constexpr int64_t kMaxIndex = int64_t{1} << 31;
+
+int64_t pieces(int64_t length, int64_t piece) { return (length + piece - 1) / piece; }
+
+void need(bool ok, const char* expected, int64_t got, const char* field, int64_t index) {
+  if (!ok) throw_invalid(expected, got, std::string(field) + "[" + std::to_string(index) + "]");
+}
+
+// Kernels index one operator in 32 bits.
+void require_indexable(const OpRow& row, int64_t i) {
+  const double rows = static_cast<double>(row.groups) * static_cast<double>(row.rows);
+  const double channels = static_cast<double>(row.groups) * static_cast<double>(row.channels);
+  const double taps = static_cast<double>(volume_of(row.kernel));
+  const double limit = static_cast<double>(kMaxIndex) / kPanel;
+  need(rows * taps < limit && channels * taps < limit, "fewer than 2^28 rows and columns", row.rows,
+       "rows.rows", i);
+  need(static_cast<double>(volume_of(row.in)) * kPanel < limit &&
+           static_cast<double>(volume_of(row.out)) * kPanel < limit,
+       "fewer than 2^25 positions", volume_of(row.in), "rows.in", i);
+  need(row.axes > 0 || row.transposed == 0, "a matrix that is not transposed", row.transposed,
+       "rows.transposed", i);
+  int64_t reach = 0;
+  for (int a = 0; a < kAxes; ++a) {
+    reach = std::max(reach, row.stride[a] * row.out[a] + row.dilation[a] * row.kernel[a] +
+                                2 * row.in[a] + row.pad_low[a] + row.pad_high[a]);
+  }
+  need(reach < kMaxIndex, "coordinates below 2^31", reach, "rows.out", i);
+}
+
+class Builder {
+ public:
+  explicit Builder(const lmtfast_network& net) : net_(net), work_(net.n_rows) {
+    std::memset(static_cast<void*>(work_.data()), 0, work_.size() * sizeof(OpWork));
+  }
+
+  std::vector<int64_t> build();
+
+ private:
+  int64_t floats(int64_t count) { return take(header_.floats, pieces(count, 4) * 4); }
+  int64_t doubles(int64_t count) { return take(header_.doubles, count); }
+  static int64_t take(int64_t& end, int64_t count) {
+    const int64_t begin = end;
+    end += count;
+    return begin;
+  }
+  void add(Stage stage, int64_t op, int64_t group, int64_t tiles) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      items_[stage].push_back({static_cast<int32_t>(op), static_cast<int32_t>(group),
+                               static_cast<int32_t>(tile), static_cast<int32_t>(tiles)});
+    }
+  }
+  void plan_row(int64_t i);
+  void plan_panel(int64_t i, const Stencil& s);
+  void plan_stencil(int64_t i, const Stencil& s);
+  void plan_scales(int64_t i);
+  void plan_gradient(int64_t i, const Stencil& s);
+  void plan_slots();
+
+  const lmtfast_network& net_;
+  PlanHeader header_ = {};
+  std::vector<OpWork> work_;
+  std::vector<Item> items_[kStages];
+  std::vector<std::vector<Item>> rounds_;
+};
+
+void Builder::plan_scales(int64_t i) {
+  const OpRow& row = net_.rows[i];
+  OpWork& work = work_[i];
+  const auto covers = [&](const lmtfast_scale_row& scale, int64_t offset, int64_t length) {
+    return offset >= 0 && scale.offset < offset + length && offset < scale.offset + scale.length;
+  };
+  work.scale_begin = net_.n_scales;
+  for (int64_t k = 0; k < net_.n_scales; ++k) {
+    if (!covers(net_.scales[k], row.row_scale, row.groups * row.rows) &&
+        !covers(net_.scales[k], row.column_scale, row.groups * row.channels)) {
+      continue;
+    }
+    work.scale_begin = std::min(work.scale_begin, k);
+    work.scale_end = k + 1;
+  }
+  // Blocks of different operators would write one entry.
+  for (int64_t other = 0; other < i; ++other) {
+    const OpRow& o = net_.rows[other];
+    const auto apart = [](int64_t a, int64_t n, int64_t b, int64_t m) {
+      return a < 0 || b < 0 || a + n <= b || b + m <= a;
+    };
+    need(o.kind == 0 ||
+             (apart(row.row_scale, row.groups * row.rows, o.row_scale, o.groups * o.rows) &&
+              apart(row.column_scale, row.groups * row.channels, o.row_scale, o.groups * o.rows) &&
+              apart(row.row_scale, row.groups * row.rows, o.column_scale, o.groups * o.channels) &&
+              apart(row.column_scale, row.groups * row.channels, o.column_scale,
+                    o.groups * o.channels)),
+         "scales of its own", row.row_scale, "rows.row_scale", i);
+  }
+}
+
+void Builder::plan_panel(int64_t i, const Stencil& s) {
+  const OpRow& row = net_.rows[i];
+  OpWork& work = work_[i];
+  const int64_t g = s.groups, pairs = static_cast<int64_t>(s.taps) * kPanel;
+  const auto method = static_cast<Method>(work.method);
+  work.image_tiles = pieces(s.rows, kImageRows);
+  work.back_tiles = pieces(s.columns, kBackColumns);
+  work.back = floats(g * s.columns * kPanel);
+  work.ticket = take(header_.integers, g);
+  if (method == Method::kSeparable) {
+    work.panel = floats(g * s.channels * kPanel);
+    work.plain = floats(g * s.channels * kPanel);
+    work.image = floats(g * s.rows * pairs);
+    work.mixed = floats(g * s.rows * pairs);
+    work.patterns = floats(g * s.inputs * kPanel);
+    work.next = floats(g * s.inputs * kPanel);
+    work.grid = floats(g * s.outputs * pairs);
+    work.gram = floats(g * pairs * pairs);
+    work.overlap = floats(g * pairs * pairs);
+    work.values = doubles(2 * g);
+    add(kGradientGrid, i, 0, 1);
+  } else {
+    work.panel = floats(g * s.columns * kPanel);
+    work.pure = floats(g * s.rows * kPanel);
+    work.image = floats(g * s.rows * kPanel);
+    work.norms = doubles(g * work.image_tiles * kPanel);
+    const int64_t width = static_cast<int64_t>(LMTFAST_CANDIDATES) * s.phases * s.channels * 2;
+    work.plain = floats(method == Method::kSymbol ? g * width : s.channels);
+    if (method == Method::kSymbol) {
+      work.fresh = floats(g * width);
+      work.phase = floats(g * pairs);
+      work.frequency = doubles(g * LMTFAST_CANDIDATES * kAxes);
+      work.response = doubles(g * pairs);
+    }
+  }
+  for (int64_t group = 0; group < row.groups; ++group) {
+    add(kPrepare, i, group, 1);
+    add(kPanelImage, i, group, work.image_tiles);
+    if (method == Method::kSeparable) add(kGrid, i, group, 1);
+    add(kPanelBack, i, group, work.back_tiles);
+  }
+  add(kRecord, i, 0, 1);
+}
+
+void Builder::plan_stencil(int64_t i, const Stencil& s) {
+  OpWork& work = work_[i];
+  const int64_t outside = static_cast<int64_t>(s.rows) * s.outputs;
+  const int64_t inside = static_cast<int64_t>(s.channels) * s.inputs;
+  const int64_t image = pieces(s.rows, kTileSide) * pieces(s.outputs, kTileSide);
+  const int64_t adjoint = pieces(s.channels, kTileSide) * pieces(s.inputs, kTileSide);
+  work.image_tiles = s.transposed ? adjoint : image;
+  work.back_tiles = s.transposed ? image : adjoint;
+  work.inputs = pieces(s.groups * (s.transposed ? outside : inside), kVectorEntries);
+  work.images = s.groups * work.image_tiles;
+  work.backs = s.groups * work.back_tiles;
+  work.input_sums = doubles(work.inputs);
+  work.image_sums = doubles(work.images);
+  work.back_sums = doubles(work.backs);
+  add(kPrepare, i, 0, work.inputs);
+  if (work.scale_begin < work.scale_end || net_.rows[i].row_scale >= 0 ||
+      net_.rows[i].column_scale >= 0) {
+    const auto tiles = static_cast<int32_t>(work.inputs);
+    items_[kPrepare].push_back({static_cast<int32_t>(i), 0, tiles, tiles});
+  }
+  for (int64_t group = 0; group < s.groups; ++group) {
+    add(kStencilFirst, i, group, work.image_tiles);
+    add(kStencilSecond, i, group, work.back_tiles);
+  }
+  add(kFinish, i, 0, pieces(s.groups * std::max(inside, outside), kVectorEntries));
+}
+
+void Builder::plan_gradient(int64_t i, const Stencil& s) {
+  OpWork& work = work_[i];
+  const OpRow& row = net_.rows[i];
+  const int64_t row_tiles = pieces(s.rows, kTileSide), column_tiles = pieces(s.columns, kTileSide);
+  int64_t round = 0;
+  for (int64_t other = 0; other < i; ++other) {
+    round += net_.rows[other].kind != 0 && net_.rows[other].weight_slot == row.weight_slot;
+  }
+  work.accumulate = round > 0;
+  if (static_cast<int64_t>(rounds_.size()) <= round) rounds_.resize(round + 1);
+  for (int64_t group = 0; group < s.groups; ++group) {
+    add(kGradient, i, group, row_tiles * column_tiles);
+    for (auto& item : items_[kGradient]) rounds_[round].push_back(item);
+    items_[kGradient].clear();
+  }
+  if (row.row_scale >= 0) work.row_sums = floats(s.groups * column_tiles * s.rows);
+  if (row.column_scale >= 0) work.column_sums = floats(s.groups * row_tiles * s.columns);
+  if (row.row_scale >= 0 || row.column_scale >= 0) {
+    for (int64_t group = 0; group < s.groups; ++group) add(kGradientSums, i, group, 1);
+  }
+}
+
+void Builder::plan_row(int64_t i) {
+  const OpRow& row = net_.rows[i];
+  require_indexable(row, i);
+  const Stencil s = stencil_of(row);
+  work_[i].method = static_cast<int64_t>(method_of(row));
+  header_.n_slots = std::max(header_.n_slots, row.weight_slot + 1);
+  plan_scales(i);
+  if (method_of(row) == Method::kStencil) {
+    plan_stencil(i, s);
+  } else {
+    plan_panel(i, s);
+  }
+  plan_gradient(i, s);
+}
+
+// One block per tensor that scales read.
+void Builder::plan_slots() {
+  std::vector<int64_t> slots;
+  for (int64_t k = 0; k < net_.n_scales; ++k) {
+    for (const int64_t slot : {net_.scales[k].slot, net_.scales[k].variance_slot}) {
+      if (slot >= 0) slots.push_back(slot);
+    }
+  }
+  std::sort(slots.begin(), slots.end());
+  slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
+  for (const int64_t slot : slots) {
+    add(kGradientSlots, slot, 0, 1);
+    header_.n_slots = std::max(header_.n_slots, slot + 1);
+  }
+}
+
+std::vector<int64_t> Builder::build() {
+  items_[kPrepare].push_back({-1, 0, 0, 0});
+  for (int64_t i = 0; i < net_.n_rows; ++i) {
+    if (net_.rows[i].kind != 0) plan_row(i);
+  }
+  plan_slots();
+  require(header_.n_slots <= kMaxTensors, "at most 1800 tensors", header_.n_slots, "n_tensors");
+  header_.grad_scales = floats(net_.scale_size);
+  header_.magic = kPlanMagic;
+  header_.n_rows = net_.n_rows;
+  header_.n_scales = net_.n_scales;
+  header_.n_tape = net_.n_tape;
+  header_.features = net_.features;
+  header_.total = net_.total;
+  header_.scale_size = net_.scale_size;
+  header_.saved_size = net_.saved_size;
+  header_.state_size = net_.state_size;
+  header_.n_rounds = static_cast<int64_t>(rounds_.size());
+
+  std::vector<int64_t> table(sizeof(PlanHeader) / sizeof(int64_t), 0);
+  const auto append = [&](const void* data, size_t bytes) {
+    // Items start at multiples of their own size.
+    if (table.size() % 2 != 0) table.push_back(0);
+    const auto begin = static_cast<int64_t>(table.size());
+    table.resize(table.size() + bytes / sizeof(int64_t));
+    if (bytes != 0) std::memcpy(table.data() + begin, data, bytes);
+    return begin;
+  };
+  header_.rows = append(net_.rows, net_.n_rows * sizeof(OpRow));
+  header_.scales = append(net_.scales, net_.n_scales * sizeof(lmtfast_scale_row));
+  header_.tape = append(net_.tape, net_.n_tape * sizeof(lmtfast_instruction));
+  header_.work = append(work_.data(), work_.size() * sizeof(OpWork));
+  std::vector<int64_t> begins;
+  for (const auto& round : rounds_) {
+    begins.push_back(static_cast<int64_t>(items_[kGradient].size()));
+    items_[kGradient].insert(items_[kGradient].end(), round.begin(), round.end());
+  }
+  begins.push_back(static_cast<int64_t>(items_[kGradient].size()));
+  header_.rounds = append(begins.data(), begins.size() * sizeof(int64_t));
+  for (int stage = 0; stage < kStages; ++stage) {
+    const auto& items = items_[stage];
+    need(static_cast<int64_t>(items.size()) < kMaxIndex, "fewer than 2^31 blocks",
+         static_cast<int64_t>(items.size()), "stage", stage);
+    header_.stage[stage] = append(items.data(), items.size() * sizeof(Item));
+    header_.blocks[stage] = static_cast<int64_t>(items.size());
+  }
+  header_.table_size = static_cast<int64_t>(table.size());
+  std::memcpy(table.data(), &header_, sizeof(header_));
+  return table;
+}
+
+}  // namespace
+
+std::vector<int64_t> make_plan(const lmtfast_network& network) {
+  require(network.n_rows >= 0 && (network.n_rows == 0 || network.rows), "rows", network.n_rows,
+          "n_rows");
+  require(network.n_scales >= 0 && (network.n_scales == 0 || network.scales), "scales",
+          network.n_scales, "n_scales");
+  require(network.n_tape >= 0 && (network.n_tape == 0 || network.tape), "a tape", network.n_tape,
+          "n_tape");
+  if (network.n_tape > 0) validate_tape(network);
+  return Builder(network).build();
+}
+
+const PlanHeader& header_of(const int64_t* table) {
+  require(table != nullptr, "a plan", 0, "plan");
+  const auto& header = *reinterpret_cast<const PlanHeader*>(table);
+  require(header.magic == kPlanMagic, "a table made by lmtfast_cuda_plan", header.magic, "plan");
+  return header;
+}
+
+lmtfast_network network_of(const int64_t* table) {
+  const PlanHeader& h = header_of(table);
+  return {reinterpret_cast<const lmtfast_op_row*>(table + h.rows),
+          reinterpret_cast<const lmtfast_scale_row*>(table + h.scales),
+          reinterpret_cast<const lmtfast_instruction*>(table + h.tape),
+          h.n_rows,
+          h.n_scales,
+          h.n_tape,
+          h.features,
+          h.total,
+          h.scale_size,
+          h.saved_size,
+          h.state_size};
+}
+
+int64_t workspace_bytes(const PlanHeader& h) {
+  const int64_t step = (h.n_slots + h.doubles) * 8 + (h.floats + h.integers) * 4 + 16;
+  return std::max(step, compose_doubles(h) * 8);
+}
+
+int64_t compose_doubles(const PlanHeader& h) { return 3 * h.n_tape + 2 * h.n_rows; }
+
+}  // namespace lmtfast::cuda

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT
+// What the host decides once per network: which block of which launch does what, and where
+// intermediate results lie. One array of int64, kept on the host and copied to the device: a header,
+// the rows, scales and tape as they came, and behind them the work below.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/cuda/stencil.h"
+#include "ops/spectral.h"
+
+namespace lmtfast::cuda {
+
+// How an operator is run: by its engine, but a matrix under the power iteration has products of its
+// own, bound by memory.
+enum class Method : int64_t { kSymbol, kSeparable, kStencil, kMatrix };
+
+inline Method method_of(const OpRow& row) {
+  if (row.engine == LMTFAST_SYMBOL) return Method::kSymbol;
+  if (row.engine == LMTFAST_SEPARABLE) return Method::kSeparable;
+  return row.axes == 0 ? Method::kMatrix : Method::kStencil;
+}
+
+// A panel is a matrix with eight real columns: four complex vectors, or eight channel vectors.
+constexpr int kPanel = 8;
+static_assert(kPanel == 2 * LMTFAST_CANDIDATES && kPanel == LMTFAST_RANK);
+constexpr int kBlockThreads = 256;
+// Rows of a block of a panel's image, columns of a block of its adjoint.
+constexpr int kImageRows = 32;
+constexpr int kBackColumns = 64;
+// Side of a tile of a product (tile.h).
+constexpr int kTileSide = 64;
+// Entries of a vector that one block sums or scales.
+constexpr int kVectorEntries = 4096;
+
+// One block of a launch.
+struct Item {
+  int32_t op, group, tile, tiles;
+};
+static_assert(sizeof(Item) == 2 * sizeof(int64_t));
+
+// Launches; their items are one stretch of the table each.
+enum Stage {
+  kPrepare,        // scales, vectors that products read; the first item writes the tensors
+  kPanelImage,     // panels through the weights: symbol, separable, matrix
+  kGrid,           // the grid's share of the separable step
+  kPanelBack,      // panels back through the weights, and what follows from them
+  kRecord,         // sigma and saved vectors of panels
+  kStencilFirst,   // A v of convolutions
+  kStencilSecond,  // A^T u of convolutions
+  kFinish,         // norms and scaling of convolutions
+  kGradientGrid,   // the grid's share of the separable gradient
+  kGradient,       // weight gradients; operators that share a weight follow each other in rounds
+  kGradientSums,   // gradient of the scale buffer
+  kGradientSlots,  // gradients of the tensors of scales; `op` is the slot
+  kStages
+};
+
+// Where an operator's intermediate results lie: offsets in the floats, doubles and integers of the
+// workspace. Arrays start with the groups where that is said.
+struct OpWork {
+  int64_t method;
+  int64_t image_tiles, back_tiles;  // blocks per group of the product and of its adjoint
+  int64_t scale_begin, scale_end;   // scale rows among which are all of this operator's
+  int64_t accumulate;               // an operator of an earlier round has written the gradient
+  // Floats. Panels have kPanel columns and start at multiples of 16 bytes.
+  int64_t panel;     // symbol, matrix (G, columns, 8): what the weights multiply, in their order;
+                     // separable (G, channels, 8): a, orthonormal; column scale included
+  int64_t plain;     // symbol (G, 4, phases channels, 2): unit x; matrix (channels): unit v;
+                     // separable (G, channels, 8): a, without the column scale
+  int64_t pure;      // symbol, matrix (G, rows, 8): W panel, without row scale and identity
+  int64_t image;     // symbol, matrix (G, rows, 8), separable (G, rows, taps, 8): A applied
+  int64_t mixed;     // separable (G, rows, taps, 8): what goes back through the weights
+  int64_t back;      // (G, columns, 8): the adjoint, with column scale and identity
+  int64_t phase;     // symbol (G, taps, 4, 2): exp(-i w . offset)
+  int64_t fresh;     // symbol (G, 4, phases channels, 2): the next x, not normalised
+  int64_t patterns;  // separable (G, inputs, 8): h
+  int64_t next;      // separable (G, inputs, 8): the next h
+  int64_t grid;      // separable (G, outputs, taps, 8): a product on the grid
+  int64_t gram;      // separable (G, taps 8, taps 8)
+  int64_t overlap;   // separable (G, taps 8, taps 8)
+  int64_t row_sums;  // gradient of the row scale (G, column tiles, rows)
+  int64_t column_sums;  // gradient of the column scale (G, row tiles, columns)
+  // Doubles.
+  int64_t norms;      // symbol, matrix (G, image tiles, 8): sums of squares per panel column
+  int64_t frequency;  // symbol (G, 4, 3)
+  int64_t response;   // symbol (G, taps, 4, 2)
+  int64_t values;     // separable (G, 2): sigma, and sigma over the scale of the image
+  int64_t input_sums, image_sums, back_sums;  // stencil: sums of squares per block
+  int64_t inputs, images, backs;              // and how many of them
+  // Integers.
+  int64_t ticket;  // (G): blocks of the adjoint that are done
+};
+
+// Start of the table; all int64.
+struct PlanHeader {
+  int64_t magic;
+  int64_t table_size;  // int64 entries
+  int64_t n_rows, n_scales, n_tape, features, total, scale_size, saved_size, state_size;
+  int64_t rows, scales, tape, work;  // offsets in the table
+  int64_t stage[kStages], blocks[kStages];
+  int64_t rounds, n_rounds;           // where the rounds of kGradient begin, and their end
+  int64_t n_slots;                    // tensors that a call must bring
+  int64_t floats, doubles, integers;  // of the workspace
+  int64_t grad_scales;                // floats: gradient of the scale buffer
+};
+
+constexpr int64_t kPlanMagic = 0x6C6D74666173740A;
+// Tensors of a call: their addresses and those of their gradients are arguments of a launch, which
+// may have 32 KiB of them.
+constexpr int64_t kMaxTensors = 1800;
+
+// The table of a network. Throws InvalidArgument where it is not one that the kernels run.
+std::vector<int64_t> make_plan(const lmtfast_network& network);
+
+// The header of a table that make_plan has made; throws InvalidArgument for any other.
+const PlanHeader& header_of(const int64_t* table);
+
+// The network inside a table.
+lmtfast_network network_of(const int64_t* table);
+
+// Bytes of a call's workspace: tensors, doubles, floats, integers, in this order.
+int64_t workspace_bytes(const PlanHeader& header);
+int64_t compose_doubles(const PlanHeader& header);
+
+}  // namespace lmtfast::cuda

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: MIT
+// The symbol engine's step around its two products (lmtfast/engines/symbol.py), one block per group:
+// what the weights multiply before, the search for frequencies and the next vectors after.
+// Candidate f has the panel columns 2 f and 2 f + 1, real and imaginary part.
+#pragma once
+
+#include "ops/cuda/frequency.h"
+#include "ops/cuda/panel.h"
+
+namespace lmtfast::cuda {
+
+constexpr int kCandidates = LMTFAST_CANDIDATES;
+// The explorer has settled when one power step gains less than this fraction.
+constexpr double kStalled = 1e-3;
+
+struct Symbol {
+  const View& v;
+  const Op& op;
+  int32_t width;           // phases channels: complex entries of x
+  int64_t candidate_size;  // floats of a candidate in the state
+  const float* state;      // of the group
+  float *plain, *panel, *phase, *image, *back, *fresh;
+  double *frequency, *response, *norms;
+
+  __device__ Symbol(const View& view, const Op& o) : v(view), op(o) {
+    const OpWork& w = op.work;
+    const int64_t g = op.group, taps = op.s.taps;
+    width = op.s.phases * op.s.channels;
+    candidate_size = 2 * (op.s.axes + width);
+    state = v.state + state_offset();
+    plain = v.floats + w.plain + g * kCandidates * width * 2;
+    panel = v.floats + w.panel + g * op.s.columns * kPanel;
+    phase = v.floats + w.phase + g * taps * kPanel;
+    image = v.floats + w.image + g * op.s.rows * kPanel;
+    back = v.floats + w.back + g * op.s.columns * kPanel;
+    fresh = v.floats + w.fresh + g * kCandidates * width * 2;
+    frequency = v.doubles + w.frequency + g * kCandidates * kAxes;
+    response = v.doubles + w.response + g * taps * kPanel;
+    norms = v.doubles + w.norms + g * w.image_tiles * kPanel;
+  }
+
+  __device__ int64_t state_offset() const {
+    return op.row.state_offset + op.group * (kCandidates * candidate_size + 2 * op.s.axes);
+  }
+  // ||y_f||, the same in every block that asks.
+  __device__ double length(int f) const {
+    double square = 0;
+    for (int64_t tile = 0; tile < op.work.image_tiles; ++tile) {
+      square += norms[tile * kPanel + 2 * f] + norms[tile * kPanel + 2 * f + 1];
+    }
+    return std::sqrt(square);
+  }
+  __device__ int32_t entry(const Column& at) const {
+    return tap_phase(op.s, point_of(op.s.kernel, at.tap)) * op.s.channels + at.channel;
+  }
+};
+
+// Angle of a point on the circle; axes are right-aligned.
+__device__ inline double angle_on(const float* circle, const Stencil& s, int axis) {
+  const int a = axis - (kAxes - s.axes);
+  return a < 0 ? 0.0
+               : std::atan2(static_cast<double>(circle[2 * a + 1]),
+                            static_cast<double>(circle[2 * a]));
+}
+
+__device__ inline void write_angle(float* circle, const Stencil& s, int axis, double angle) {
+  const int a = axis - (kAxes - s.axes);
+  if (a < 0) return;
+  double sine, cosine;
+  sine_cosine(angle, sine, cosine);
+  circle[2 * a] = static_cast<float>(cosine);
+  circle[2 * a + 1] = static_cast<float>(sine);
+}
+
+// exp(-i w . offset) of every tap and candidate: (taps, 4, 2).
+__device__ inline void write_phases(const Symbol& y, const double* frequency, float* phase) {
+  const Stencil& s = y.op.s;
+  for (int32_t i = threadIdx.x; i < s.taps * kCandidates; i += kBlockThreads) {
+    double sine, cosine;
+    sine_cosine(
+        angle_of(s, frequency + i % kCandidates * kAxes, point_of(s.kernel, i / kCandidates)), sine,
+        cosine);
+    phase[2 * i] = static_cast<float>(cosine);
+    phase[2 * i + 1] = static_cast<float>(-sine);
+  }
+}
+
+// Unit vectors, phases, and what the weights multiply: z = phases x, times the column scale.
+__device__ inline void prepare_symbol(const View& v, const Op& op) {
+  const Symbol y(v, op);
+  const Stencil& s = op.s;
+  for (int f = 0; f < kCandidates; ++f) {
+    const float* candidate = y.state + f * y.candidate_size;
+    const float* x = candidate + 2 * s.axes;
+    double square = 0;
+    for (int32_t i = threadIdx.x; i < 2 * y.width; i += kBlockThreads) {
+      square += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    }
+    const float inverse = inverse_or_one(std::sqrt(Team<true>::sum(square)));
+    for (int32_t i = threadIdx.x; i < 2 * y.width; i += kBlockThreads) {
+      y.plain[f * 2 * y.width + i] = x[i] * inverse;
+    }
+    if (threadIdx.x < kAxes) {
+      const int axis = static_cast<int>(threadIdx.x);
+      y.frequency[f * kAxes + axis] = angle_on(candidate, s, axis);
+    }
+  }
+  __syncthreads();
+  write_phases(y, y.frequency, y.phase);
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(s.columns) * kCandidates;
+       i += kBlockThreads) {
+    const int f = static_cast<int>(i % kCandidates);
+    const auto column = static_cast<int32_t>(i / kCandidates);
+    const Column at = column_at(s, op.tap_major(), column);
+    const float* x = y.plain + 2 * (f * y.width + y.entry(at));
+    const float* e = y.phase + 2 * (at.tap * kCandidates + f);
+    const float scale = op.cs(at.channel);
+    y.panel[column * kPanel + 2 * f] = scale * (e[0] * x[0] - e[1] * x[1]);
+    y.panel[column * kPanel + 2 * f + 1] = scale * (e[0] * x[1] + e[1] * x[0]);
+  }
+}
+
+// What the identity adds to row o of the image, in panel column c.
+__device__ inline float symbol_identity(const Symbol& y, int32_t o, int c) {
+  const Stencil& s = y.op.s;
+  const int32_t tap = centre_tap(s), f = c / 2;
+  const float* x = y.plain + 2 * (f * y.width + y.entry({o, tap}));
+  const float* e = y.phase + 2 * (tap * kCandidates + f);
+  return c % 2 == 0 ? e[0] * x[0] - e[1] * x[1] : e[0] * x[1] + e[1] * x[0];
+}
+
+// q_t = sum over channels of conj(taps) x, (taps, 4, 2) in double; one warp per tap and candidate.
+__device__ inline void write_response(const Symbol& y) {
+  const Stencil& s = y.op.s;
+  for (int32_t i = Team<false>::number(); i < s.taps * kCandidates; i += Team<false>::per_block()) {
+    const int32_t tap = i / kCandidates, f = i % kCandidates;
+    const int32_t first = y.entry({0, tap});
+    double re = 0, im = 0;
+    for (int32_t c = Team<false>::rank(); c < s.channels; c += kWarpSize) {
+      const float* b =
+          y.back + static_cast<int64_t>(column_of(s, y.op.tap_major(), c, tap)) * kPanel + 2 * f;
+      const float* x = y.plain + 2 * (f * y.width + first + c);
+      const double br = b[0], bi = b[1], xr = x[0], xi = x[1];
+      re += br * xr + bi * xi;
+      im += br * xi - bi * xr;
+    }
+    re = Team<false>::sum(re);
+    im = Team<false>::sum(im);
+    if (Team<false>::rank() == 0) {
+      y.response[2 * i] = re;
+      y.response[2 * i + 1] = im;
+    }
+  }
+  __syncthreads();
+}
+
+struct Peak {
+  float value;
+  int32_t point;
+};
+
+// The grid point where |sum of q e|^2 is largest, the first of several.
+__device__ inline Peak best_of_grid(const Symbol& y, const Grid& grid, int f) {
+  const Stencil& s = y.op.s;
+  Peak peak{-1.0f, grid.points()};
+  for (int32_t i = threadIdx.x; i < grid.points(); i += kBlockThreads) {
+    const Point point = point_of(grid.size, i);
+    float re = 0.0f, im = 0.0f;
+    for (int32_t tap = 0; tap < s.taps; ++tap) {
+      const double* q = y.response + 2 * (tap * kCandidates + f);
+      const float qr = static_cast<float>(q[0]), qi = static_cast<float>(q[1]);
+      const float angle =
+          static_cast<float>(kTwoPi) * grid_turns(s, grid, point, point_of(s.kernel, tap));
+      const float c = std::cos(angle), n = std::sin(angle);
+      re = std::fma(qr, c, std::fma(qi, n, re));
+      im = std::fma(qi, c, std::fma(-qr, n, im));
+    }
+    const float value = re * re + im * im;
+    if (value > peak.value) peak = {value, i};
+  }
+  const float value = Team<true>::max(peak.value);
+  const int32_t point = Team<true>::min(peak.value == value ? peak.point : grid.points());
+  return {value, point};
+}
+
+// Sums the moments of candidate f over the taps by one warp; all lanes get them.
+__device__ inline Moments moments_of(const Symbol& y, int f, const double* w) {
+  Moments m = {};
+  for (int32_t tap = Team<false>::rank(); tap < y.op.s.taps; tap += kWarpSize) {
+    const double* q = y.response + 2 * (tap * kCandidates + f);
+    add_term(y.op.s, w, point_of(y.op.s.kernel, tap), q[0], q[1], m);
+  }
+  LMTFAST_UNROLL
+  for (int part = 0; part < 2; ++part) {
+    m.g[part] = Team<false>::sum(m.g[part]);
+    LMTFAST_UNROLL
+    for (int a = 0; a < kAxes; ++a) {
+      m.first[a][part] = Team<false>::sum(m.first[a][part]);
+      LMTFAST_UNROLL
+      for (int b = 0; b < kAxes; ++b) m.second[a][b][part] = Team<false>::sum(m.second[a][b][part]);
+    }
+  }
+  return m;
+}
+
+// Moves each candidate's frequency to one where its response is no smaller: (4, 3) in `moved`. The
+// response is scaled to a largest entry of 1.
+__device__ inline void improve_frequencies(const Symbol& y, double (&moved)[kCandidates * kAxes]) {
+  const Grid grid = grid_of(y.op.s);
+  for (int f = 0; f < kCandidates; ++f) {
+    double largest = 0;
+    for (int32_t tap = threadIdx.x; tap < y.op.s.taps; tap += kBlockThreads) {
+      const double* q = y.response + 2 * (tap * kCandidates + f);
+      largest = std::fmax(largest, std::sqrt(q[0] * q[0] + q[1] * q[1]));
+    }
+    largest = Team<true>::max(largest);
+    for (int32_t tap = threadIdx.x; tap < y.op.s.taps; tap += kBlockThreads) {
+      double* q = y.response + 2 * (tap * kCandidates + f);
+      q[0] /= largest > 0.0 ? largest : 1.0;
+      q[1] /= largest > 0.0 ? largest : 1.0;
+    }
+    __syncthreads();
+    const Peak peak = best_of_grid(y, grid, f);
+    if (threadIdx.x < kWarpSize) {
+      double w[kAxes], trial[kAxes];
+      LMTFAST_UNROLL
+      for (int a = 0; a < kAxes; ++a) w[a] = y.frequency[f * kAxes + a];
+      if (grid.points() > 1) {
+        const Point point = point_of(grid.size, peak.point < grid.points() ? peak.point : 0);
+        Moments m = moments_of(y, f, w);
+        if (static_cast<double>(peak.value) > value_of(m)) {
+          LMTFAST_UNROLL
+          for (int a = 0; a < kAxes; ++a) w[a] = grid_frequency(grid, point, a);
+          m = moments_of(y, f, w);
+        }
+        newton_step(y.op.s, m, w, trial);
+        const bool higher = value_of(moments_of(y, f, trial)) > value_of(m);
+        LMTFAST_UNROLL
+        for (int a = 0; a < kAxes; ++a) w[a] = wrapped(higher ? trial[a] : w[a]);
+      }
+      if (threadIdx.x < kAxes) {
+        const int axis = static_cast<int>(threadIdx.x);
+        moved[f * kAxes + axis] = axis == 0 ? w[0] : axis == 1 ? w[1] : w[2];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// x = A(w)^H u at the new frequencies, and ||x|| per candidate.
+__device__ inline void next_vectors(const Symbol& y, const float* phase,
+                                    double (&reached)[kCandidates]) {
+  const Stencil& s = y.op.s;
+  for (int f = 0; f < kCandidates; ++f) {
+    double square = 0;
+    for (int32_t i = threadIdx.x; i < y.width; i += kBlockThreads) {
+      const int32_t channel = i % s.channels, part = i / s.channels;
+      float re = 0.0f, im = 0.0f;
+      for (int32_t tap = 0; tap < s.taps; ++tap) {
+        if (tap_phase(s, point_of(s.kernel, tap)) != part) continue;
+        const float* b =
+            y.back + static_cast<int64_t>(column_of(s, y.op.tap_major(), channel, tap)) * kPanel +
+            2 * f;
+        const float* e = phase + 2 * (tap * kCandidates + f);
+        // times conj(e)
+        re += b[0] * e[0] + b[1] * e[1];
+        im += b[1] * e[0] - b[0] * e[1];
+      }
+      y.fresh[2 * (f * y.width + i)] = re;
+      y.fresh[2 * (f * y.width + i) + 1] = im;
+      square += static_cast<double>(re) * re + static_cast<double>(im) * im;
+    }
+    const double total = Team<true>::sum(square);
+    if (threadIdx.x == 0) reached[f] = std::sqrt(total);
+  }
+  __syncthreads();
+}
+
+// Increments of the Kronecker sequence per axis: powers of the root of x^(axes + 1) = x + 1.
+LMTFAST_HD double kronecker_step(int axes, int axis) {
+  const double root = axes == 1   ? 1.6180339887498949
+                      : axes == 2 ? 1.3247179572447461
+                                  : 1.2207440846057596;
+  double power = 1.0;
+  for (int i = 0; i <= axis; ++i) power /= root;
+  return kTwoPi * power;
+}
+
+// The last block of the group: from the adjoint's panel to the new state.
+__device__ inline void finish_symbol(const View& v, const Op& op) {
+  LMTFAST_SHARED(double, moved, [kCandidates * kAxes]);
+  LMTFAST_SHARED(double, reached, [kCandidates]);
+  const Symbol y(v, op);
+  const Stencil& s = op.s;
+  write_response(y);
+  improve_frequencies(y, moved);
+  // `response` has served; its memory takes the phases at the new frequencies.
+  float* phase = reinterpret_cast<float*>(y.response);
+  write_phases(y, moved, phase);
+  __syncthreads();
+  next_vectors(y, phase, reached);
+
+  // A stalled explorer replaces a worse candidate and starts at the next frequency.
+  const bool stalled = reached[kCandidates - 1] <= y.length(kCandidates - 1) * (1.0 + kStalled);
+  int worst = 0;
+  for (int f = 1; f < kCandidates - 1; ++f) worst = reached[f] < reached[worst] ? f : worst;
+  const bool promoted = stalled && reached[kCandidates - 1] > reached[worst];
+  float* state = v.new_state + y.state_offset();
+  const float* old_anchor = y.state + kCandidates * y.candidate_size;
+  float* anchor = state + kCandidates * y.candidate_size;
+  for (int f = 0; f < kCandidates; ++f) {
+    const int from = promoted && f == worst ? kCandidates - 1 : f;
+    const bool restart = stalled && f == kCandidates - 1;
+    const bool usable = reached[from] > 0.0 && reached[from] - reached[from] == 0.0;
+    const float* x = (usable ? y.fresh : y.plain) + from * 2 * y.width;
+    const float inverse = usable ? inverse_or_one(reached[from]) : 1.0f;
+    float* candidate = state + f * y.candidate_size;
+    for (int32_t i = threadIdx.x; i < 2 * y.width; i += kBlockThreads) {
+      // A shifted singular vector is as good a start as a random one.
+      const int32_t source = restart ? (i + 2 * y.width - 2) % (2 * y.width) : i;
+      candidate[2 * s.axes + i] = x[source] * inverse;
+    }
+    if (threadIdx.x < kAxes) {
+      const int axis = static_cast<int>(threadIdx.x);
+      const double kept = (usable ? moved : y.frequency)[from * kAxes + axis];
+      const double next = angle_on(old_anchor, s, axis) +
+                          (stalled ? kronecker_step(s.axes, axis - (kAxes - s.axes)) : 0.0);
+      write_angle(candidate, s, axis, restart ? next : kept);
+      if (f == 0) write_angle(anchor, s, axis, next);
+    }
+  }
+}
+
+// Sigma and the saved vectors of the best candidate of all groups, the first of several.
+__device__ inline void record_symbol(const View& v, int32_t index) {
+  const Op any(v, index, 0);
+  const Stencil& s = any.s;
+  double best = 0;
+  int winner = -1;
+  for (int g = 0; g < s.groups; ++g) {
+    const Op op(v, index, g);
+    const Symbol y(v, op);
+    for (int f = 0; f < kCandidates; ++f) {
+      const double value = y.length(f);
+      // NaN wins, and stays.
+      if (winner < 0 || value > best || (value != value && best == best)) {
+        best = value;
+        winner = g * kCandidates + f;
+      }
+    }
+  }
+  const Op op(v, index, winner / kCandidates);
+  const Symbol y(v, op);
+  const int f = winner % kCandidates;
+  float* group = v.saved + any.row.saved_offset;
+  float* u = group + 1;
+  float* z = u + 2 * s.rows;
+  float* p = z + 2 * s.columns;
+  const float inverse = inverse_or_one(best);
+  const float* pure = v.floats + any.work.pure + static_cast<int64_t>(op.group) * s.rows * kPanel;
+  if (threadIdx.x == 0) {
+    *group = static_cast<float>(op.group);
+    v.sigmas[index] = static_cast<float>(best);
+  }
+  for (int32_t i = threadIdx.x; i < 2 * s.rows; i += kBlockThreads) {
+    const int64_t at = static_cast<int64_t>(i / 2) * kPanel + 2 * f + i % 2;
+    u[i] = y.image[at] * inverse;
+    p[i] = pure[at];
+  }
+  // In the order of (channel, tap), without the column scale.
+  for (int32_t i = threadIdx.x; i < s.columns; i += kBlockThreads) {
+    const Column at{i / s.taps, i % s.taps};
+    const float* x = y.plain + 2 * (f * y.width + y.entry(at));
+    const float* e = y.phase + 2 * (at.tap * kCandidates + f);
+    z[2 * i] = e[0] * x[0] - e[1] * x[1];
+    z[2 * i + 1] = e[0] * x[1] + e[1] * x[0];
+  }
+}
+
+}  // namespace lmtfast::cuda
