@@ -35,7 +35,7 @@ struct Kernels {
   void (*pack_columns)(const W* const*, int64_t, int64_t, int64_t, const float*, int64_t, float*);
   void (*pack_ratio_columns)(const float* const*, int64_t, int64_t, int64_t, const float*, int64_t,
                              float*);
-  void (*panel_squares)(const float*, int64_t, int64_t, double*);
+  void (*panel_squares)(const float*, int64_t, int64_t, int64_t, double*);
   double (*distance)(const W*, const W*, int64_t);
   bool (*norms_of)(const float*, double, const double*, int64_t, float*);
   double (*ratio_of)(const float*, const float*, int64_t, float*, double*);
@@ -143,12 +143,12 @@ void norms_from_products(const Head<W>& head, float* norms) {
       kernel.tile, p.u, p.k, p.d, head.threads,
       [&](int64_t row, int64_t count, float* to) {
         kernel.pack_rows(&head.table[row], count, kernel.tile.rows, head.centre.data(), p.d, to);
-        kernel.panel_squares(to, kernel.tile.rows, p.d, &left[row]);
+        kernel.panel_squares(to, count, kernel.tile.rows, p.d, &left[row]);
       },
       [&](int64_t column, int64_t count, float* to) {
         kernel.pack_rows(&head.rows[column], count, kernel.tile.columns, head.centre.data(), p.d,
                          to);
-        kernel.panel_squares(to, kernel.tile.columns, p.d, &right[column]);
+        kernel.panel_squares(to, count, kernel.tile.columns, p.d, &right[column]);
       },
       [&](int64_t end) { return symmetric ? std::min(end, p.u) : p.u; },
       [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums,

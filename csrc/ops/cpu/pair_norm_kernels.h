@@ -47,56 +47,72 @@ LMTFAST_INLINE void store_some(float* to, Vec x, int64_t count) {
   v::store_part(to, x, count);
 }
 
-// to[p * width + i] = lines[i][p] - centre[p] for i < count, zero up to width: rows become columns.
+// Packs `count` rows of a matrix, `depth` long, as the columns of panels of `width`: panel q is
+// to[(q * depth + p) * width + i] = lines[q * width + i][p] - centre[p], zero past the last row.
 template <class W>
 void pack_rows(const W* const* lines, int64_t count, int64_t width, const float* centre,
                int64_t depth, float* to) {
   alignas(64) float rows[kWidth * kWidth] = {}, columns[kWidth * kWidth];
-  for (int64_t first = 0; first < width; first += kWidth) {
-    const int64_t lanes = std::min(width - first, kWidth);
-    const int64_t used = std::clamp<int64_t>(count - first, 0, kWidth);
-    if (used < kWidth) std::fill(rows + used * kWidth, rows + kWidth * kWidth, 0.0f);
-    for (int64_t p = 0; p < depth; p += kWidth) {
-      const int64_t here = std::min(depth - p, kWidth);
-      const Vec shift = load_some(centre + p, here);
-      for (int64_t i = 0; i < used; ++i) {
-        v::store(rows + i * kWidth, load_some(lines[first + i] + p, here) - shift);
-      }
-      v::transpose(rows, kWidth, columns, kWidth);
-      for (int64_t q = 0; q < here; ++q) {
-        store_some(to + (p + q) * width + first, v::load(columns + q * kWidth), lanes);
+  for (int64_t panel = 0; panel < count; panel += width, to += width * depth) {
+    for (int64_t first = 0; first < width; first += kWidth) {
+      const int64_t lanes = std::min(width - first, kWidth);
+      const int64_t used = std::clamp<int64_t>(count - panel - first, 0, lanes);
+      if (used < kWidth) std::fill(rows + used * kWidth, rows + kWidth * kWidth, 0.0f);
+      for (int64_t p = 0; p < depth; p += kWidth) {
+        const int64_t here = std::min(depth - p, kWidth);
+        const Vec shift = load_some(centre + p, here);
+        for (int64_t i = 0; i < used; ++i) {
+          const W* line = lines[panel + first + i];
+          v::store(rows + i * kWidth, load_some(line + p, here) - shift);
+        }
+        v::transpose(rows, kWidth, columns, kWidth);
+        for (int64_t q = 0; q < here; ++q) {
+          store_some(to + (p + q) * width + first, v::load(columns + q * kWidth), lanes);
+        }
       }
     }
   }
 }
 
-// to[p * width + i] = lines[p][first + i] - centre[first + i] for i < count, zero up to width.
+// Packs the columns [first, first + count) of a matrix of `depth` rows in panels of `width`: panel q
+// is to[(q * depth + p) * width + i] = lines[p][j] - centre[j] for j = first + q * width + i, zero
+// past the last column. Row by row over all panels, for each row may be a page of its own.
 template <class W>
 void pack_columns(const W* const* lines, int64_t first, int64_t count, int64_t width,
                   const float* centre, int64_t depth, float* to) {
-  for (int64_t i = 0; i < width; i += kWidth) {
-    const int64_t lanes = std::min(width - i, kWidth);
-    const int64_t used = std::clamp<int64_t>(count - i, 0, lanes);
-    const Vec shift = used > 0 ? load_some(centre + first + i, used) : v::zero();
-    for (int64_t p = 0; p < depth; ++p) {
-      const Vec x = used > 0 ? load_some(lines[p] + first + i, used) - shift : v::zero();
-      store_some(to + p * width + i, x, lanes);
+  for (int64_t p = 0; p < depth; ++p) {
+    const W* line = lines[p] + first;
+    for (int64_t panel = 0; panel < count; panel += width) {
+      float* packed = to + panel * depth + p * width;
+      for (int64_t i = 0; i < width; i += kWidth) {
+        const int64_t lanes = std::min(width - i, kWidth);
+        const int64_t used = std::clamp<int64_t>(count - panel - i, 0, lanes);
+        const int64_t j = panel + i;
+        const Vec x =
+            used > 0 ? load_some(line + j, used) - load_some(centre + first + j, used) : v::zero();
+        store_some(packed + i, x, lanes);
+      }
     }
   }
 }
 
-// Sums of squares of the columns of a packed panel, in double over blocks of float.
-inline void panel_squares(const float* panel, int64_t width, int64_t depth, double* squares) {
+// Sums of squares of the columns of packed panels, in double over blocks of float.
+inline void panel_squares(const float* panel, int64_t count, int64_t width, int64_t depth,
+                          double* squares) {
   float block[64];
-  std::fill(squares, squares + width, 0.0);
-  for (int64_t begin = 0; begin < depth; begin += kSumBlock) {
-    const int64_t end = std::min(begin + kSumBlock, depth);
-    std::fill(block, block + width, 0.0f);
-    for (int64_t p = begin; p < end; ++p) {
+  std::fill(squares, squares + count, 0.0);
+  for (; count > 0; count -= width, panel += width * depth, squares += width) {
+    const int64_t used = std::min(count, width);
+    for (int64_t begin = 0; begin < depth; begin += kSumBlock) {
+      const int64_t end = std::min(begin + kSumBlock, depth);
+      std::fill(block, block + width, 0.0f);
+      for (int64_t p = begin; p < end; ++p) {
+        const float* x = panel + p * width;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) block[i] += panel[p * width + i] * panel[p * width + i];
+        for (int64_t i = 0; i < width; ++i) block[i] += x[i] * x[i];
+      }
+      for (int64_t i = 0; i < used; ++i) squares[i] += static_cast<double>(block[i]);
     }
-    for (int64_t i = 0; i < width; ++i) squares[i] += static_cast<double>(block[i]);
   }
 }
 

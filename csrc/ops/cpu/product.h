@@ -23,6 +23,7 @@ struct ProductTile {
 };
 
 constexpr int64_t kColumnGroup = 96;  // a multiple of every panel
+constexpr int64_t kPanelGroup = 8;    // left panels that one task packs
 constexpr int64_t kMaxColumns = 768;
 constexpr int64_t kPackedGroup = 1 << 18;  // floats of a packed group of columns, half a cache
 constexpr int64_t kSumsGroup = 3 << 15;    // floats of the sums of a group
@@ -33,7 +34,7 @@ inline int64_t round_up(int64_t size, int64_t multiple) {
 }
 
 // sums = A B for A (rows, depth), B (depth, columns), handed out in blocks:
-//   pack_left(row, count, to), pack_right(column, count, to): panels of the full depth
+//   pack_left(row, count, to), pack_right(column, count, to): panels of the full depth, in a row
 //   finish(row, rows, column, columns, sums, stride)
 // Rows that `needed(end of the columns)` leaves out are not multiplied.
 template <class PackLeft, class PackRight, class Needed, class Finish>
@@ -43,9 +44,10 @@ void multiply(const ProductTile& tile, int64_t rows, int64_t columns, int64_t de
   const int64_t panels = (rows + tile.rows - 1) / tile.rows;
   // The last tile fetches ahead of a panel that is not there, but in its own memory.
   Buffer<float> left((panels + 1) * tile.rows * depth);
-  parallel_for(panels, threads, [&](int64_t panel) {
-    const int64_t row = panel * tile.rows;
-    pack_left(row, std::min(tile.rows, rows - row), left.data() + row * depth);
+  const int64_t group = kPanelGroup * tile.rows;
+  parallel_for((rows + group - 1) / group, threads, [&](int64_t task) {
+    const int64_t row = task * group;
+    pack_left(row, std::min(group, rows - row), left.data() + row * depth);
   });
   // As wide as the cache allows, for a row is read and written in pieces of this width, but enough
   // groups for the threads. No result depends on it.
@@ -64,9 +66,7 @@ void multiply(const ProductTile& tile, int64_t rows, int64_t columns, int64_t de
     for (int64_t task = worker; task < tasks; task += workers) {
       const int64_t begin = task * width;
       const int64_t end = std::min(begin + width, columns);
-      for (int64_t j = begin; j < end; j += tile.columns) {
-        pack_right(j, std::min(tile.columns, end - j), packed + (j - begin) * depth);
-      }
+      pack_right(begin, end - begin, packed);
       const int64_t stop = needed(end);
       for (int64_t i = 0; i < stop; i += height) {
         const int64_t last = std::min(i + height, stop);
