@@ -28,7 +28,7 @@ class Case:
         shape: Name of a network, or ``N x K x D``.
         modes: ``forward`` (no gradient) and ``gradient`` (forward and backward).
         providers: Names from ``providers.PROVIDERS``; the first is what ratios are taken to.
-        suites: Where it runs: ``cpu``, ``gpu``, ``quick``.
+        suites: Where it runs: ``cpu``, ``gpu``, ``compiled`` (slow to prepare), ``quick``.
         memory: Whether the extra peak memory of a gradient step is measured.
         share: Part of the time of a run that the case's samples may take, relative to the others.
     """
@@ -69,17 +69,20 @@ CASES = (
     Case("bound", "wrn-10-1", BOTH, ("per layer", *_library(*ENGINES)), ("quick",)),
     Case("bound", "wrn-16-4", BOTH, (*PEERS, "Gram iteration", *_library(*ENGINES)),
          ("cpu", "gpu")),
-    Case("bound", "wrn-28-10", BOTH, (*PEERS, COMPILED_PEERS[0], *_library(*ENGINES)),
-         ("cpu", "gpu"), share=3.0),
+    *(Case("bound", "wrn-28-10", BOTH, (*PEERS, *more, *_library(*ENGINES)), (suite,), share=3.0)
+      for suite, more in (("cpu", COMPILED_PEERS[:1]), ("gpu", ()))),
     Case("bound", "resnet-14", BOTH, ("per layer", *_library("auto")), ("quick",)),
     Case("bound", "resnet-50", BOTH, ("per layer", "LiResNet, 1 iteration",
                                       *_library(*ENGINES, backends=KERNELS)), ("cpu", "gpu")),
     Case("bound", "l2w8", BOTH, (*PEERS, *COMPILED_PEERS, "Gram iteration", *_library("symbol")),
          ("quick",)),
-    *(Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations", "LiResNet, 1 iteration", *more,
-                                      "per layer", *_library(*ENGINES, backends=KERNELS)),
-           (suite,), share=2.0)
-      for suite, more in (("cpu", ()), ("gpu", COMPILED_PEERS[1:]))),
+    Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations", "LiResNet, 1 iteration",
+         "per layer", *_library(*ENGINES, backends=KERNELS)), ("cpu", "gpu"), share=2.0),
+    # What takes a minute to compile.
+    Case("bound", "wrn-28-10", BOTH, ("per layer", COMPILED_PEERS[0],
+                                      *_library("auto", backends=KERNELS)), ("compiled",)),
+    Case("bound", "l12w512", BOTH, ("LiResNet, 10 iterations", COMPILED_PEERS[1],
+                                    *_library("auto", backends=KERNELS)), ("compiled",)),
     # Cost against image size.
     *(Case("bound", f"wrn-28-10 at {size}", ("forward",),
            (*peers, *_library("symbol", backends=KERNELS)), (suite,))

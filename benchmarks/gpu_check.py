@@ -99,7 +99,7 @@ def build_stage(device: str) -> Stage:
 def sanitizer_stage(tool: str, device: str, seconds: float) -> Stage:
     """One compute-sanitizer tool over the kernel tour."""
     found = find("compute-sanitizer")
-    name, log = f"sanitizer {tool}", "sanitizer.txt"
+    name, log = f"sanitizer {tool}", "checks.txt"
     if device == "cpu" or found is None:
         reason = "no GPU" if device == "cpu" else "compute-sanitizer is not on this machine"
         return Stage(name, (), seconds, log, "", reason=reason)
@@ -128,12 +128,12 @@ def stages(device: str, quick: bool, out: Path) -> list[tuple[Stage, ...]]:
     if device == "cpu":
         chosen = {"of the floor": ("tests/test_benchmarks.py", "-k", "floor")}
     tests = [
-        Stage(f"tests {name}", (*pytest, *selection), 100, "tests.txt", r"\d+ passed")
+        Stage(f"tests {name}", (*pytest, *selection), 100, "checks.txt", r"\d+ passed")
         for name, selection in chosen.items()
     ]
     speed = module("run", *small, "--seconds", "1" if quick else "60", "--out", str(out))
     training = module("training_step", *small, "--out", str(out))
-    compiled = module("training_step", "--suite", "compiled", "--out", str(out / "compiled"))
+    slow = ("--suite", "compiled", "--out", str(out / "compiled"))
     profile = module("kernel_profile", *small, "--out", str(out))
     groups = [
         (build_stage(device),),
@@ -148,7 +148,11 @@ def stages(device: str, quick: bool, out: Path) -> list[tuple[Stage, ...]]:
         (Stage("profile", profile, 30, "log.txt", "launches"),),
     ]  # fmt: skip
     if not quick:
-        groups.append((Stage("training step, compiled", compiled, 120, "log.txt", r"[\d.]+x"),))
+        late = (("training step", "training_step", "x "), ("benchmark", "run", "whole run"))
+        groups += [
+            (Stage(f"{name}, compiled", module(file, *slow), 90, "log.txt", proof),)
+            for name, file, proof in late
+        ]
     return groups
 
 
@@ -247,7 +251,8 @@ def summary(outcomes: Sequence[Outcome], out: Path, seconds: float) -> str:
     for title, path, read in (
         ("Benchmark", out / SPEED, speed_lines),
         ("Training step, over the one without a bound", out / TRAINING, training_lines),
-        ("The same, compiled", out / "compiled" / TRAINING, training_lines),
+        ("Training step, compiled", out / "compiled" / TRAINING, training_lines),
+        ("Benchmark, compiled", out / "compiled" / SPEED, speed_lines),
     ):
         if path.exists():
             lines += ["", f"## {title}", "", *(f"- {line}" for line in read(path))]

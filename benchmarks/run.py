@@ -187,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--suite", choices=("cpu", "gpu", "quick"), help="default: by device")
+    parser.add_argument(
+        "--suite", choices=("cpu", "gpu", "compiled", "quick"), help="default: by device"
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=240.0, help="for all samples together")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

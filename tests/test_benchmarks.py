@@ -307,7 +307,7 @@ def test_cases_name_what_exists():
     assert len(set(names)) == len(names)
     for case in CASES:
         assert {PROVIDERS[name].op for name in case.providers} == {case.op}
-        assert set(case.suites) <= {"cpu", "gpu", "quick"}
+        assert set(case.suites) <= {"cpu", "gpu", "compiled", "quick"}
         if case.op == "bound":
             assert case.shape in NETWORKS
     # Every engine on every backend is a row of the main case, available or not.
