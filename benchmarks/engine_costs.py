@@ -18,7 +18,7 @@ from lmtfast.models import build_model
 # Layers of one shape in one network: the cost of a call is shared among its layers.
 COPIES = 8
 CHANNELS = (16, 64, 256)
-SIZES = (4, 7, 8, 14, 16, 20, 28, 32, 56)
+SIZES = (4, 8, 16, 32)
 SECONDS = 0.4
 COST_COLUMNS = (
     "backend", "threads", "subject", "channels", "size", "positions", "engine", "engines",
@@ -70,6 +70,7 @@ def costs_of(
     *,
     copies: int = 1,
     seconds: float = SECONDS,
+    rescan: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Milliseconds per step and copy of every engine, taken in turns."""
     bounds = {e: NetworkBound(model, shape, engine=e, backend=backend) for e in engines}
@@ -80,9 +81,10 @@ def costs_of(
     taken = interleave(samplers, seconds)
     for name, bound in bounds.items():
         step = taken[f"{name} step"]
-        started = time.perf_counter()  # hundreds of steps long: once is enough
-        bound.rescan()
-        rescan = time.perf_counter() - started
+        started = time.perf_counter()
+        if rescan:  # hundreds of steps long: once is enough
+            bound.rescan()
+        searched = time.perf_counter() - started
         yield {
             "backend": backend, "threads": torch.get_num_threads(), "engine": name,
             "engines": bound.plan.method,
@@ -90,23 +92,24 @@ def costs_of(
             "step_ms": 1e3 * step.median / copies,
             "step_p20_ms": 1e3 * step.percentile(20) / copies,
             "step_p80_ms": 1e3 * step.percentile(80) / copies,
-            "rescan_ms": 1e3 * rescan / copies,
+            "rescan_ms": 1e3 * searched / copies if rescan else "",
         }  # fmt: skip
 
 
-def measure(backend: str) -> Iterator[dict[str, Any]]:
-    """Rows of ``costs.csv``: single shapes under every engine, then networks, ``auto`` too."""
+def measure(backend: str) -> Iterator[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """What identifies a group of rows of ``costs.csv``, and the group: shapes, then networks."""
     for channels in CHANNELS:
         for size in SIZES:
-            # The true operator on wide large maps takes long, and fewer copies fill its time.
-            copies = COPIES if channels * size * size < 1 << 17 else 2
-            layers = costs_of(
-                Beside(channels, copies), (channels, size, size), ENGINES, backend, copies=copies
-            )
-            for row in layers:
-                place = {"channels": channels, "size": size, "positions": size * size}
-                yield {"subject": "layer", **place, **row}
+            # A step on a wide or large layer outlasts a call's overhead without company.
+            copies = COPIES if channels <= 64 and size <= 16 else 2
+            model, shape = Beside(channels, copies), (channels, size, size)
+            place = {"subject": "layer", "channels": str(channels), "size": str(size)}
+            rows = costs_of(model, shape, ENGINES, backend, copies=copies, rescan=False)
+            yield place, [{**place, "positions": size * size, **row} for row in rows]
     for name, (builder, shape, options) in NETWORKS.items():
         model = build_model(builder, input_shape=shape, classes=10, options=options)
-        for row in costs_of(model, shape, (*ENGINES, "auto"), backend, seconds=4 * SECONDS):
-            yield {"subject": name, **row}
+        small = sum(p.numel() for p in model.parameters()) < 1 << 20
+        rows = costs_of(
+            model, shape, (*ENGINES, "auto"), backend, seconds=4 * SECONDS, rescan=small
+        )
+        yield {"subject": name}, [{"subject": name, **row} for row in rows]

@@ -45,8 +45,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines) + "\n"
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:+.2f}"
+def percent(value: float, sign: str = "+") -> str:
+    """Two digits; empty where nothing is known."""
+    return "" if math.isnan(value) else f"{100 * value:{sign}.2f}"
 
 
 def error_table(errors: Sequence[Row]) -> str:
@@ -112,7 +113,7 @@ def result_table(runs: Sequence[Row]) -> str:
                 f"{column(part, 'median_radius').mean():.4g}",
                 f"{column(part, 'median_radius_correct').mean():.4g}",
                 f"{(column(part, 'features_estimate') / column(part, 'features')).mean():.3f}",
-                percent(mean), f"{100 * error:.2f}",
+                percent(mean), percent(error, "-"),
             ])  # fmt: skip
     return markdown(head, rows)
 
@@ -132,7 +133,7 @@ def certificate_table(certificates: Sequence[Row]) -> str:
                 f"{100 * column(part, 'accuracy').mean():.2f}",
                 f"{column(part, 'median_radius').mean():.4g}",
                 f"{column(part, 'median_radius_correct').mean():.4g}",
-                percent(mean), f"{100 * error:.2f}",
+                percent(mean), percent(error, "-"),
             ])  # fmt: skip
     return markdown(head, rows)
 
@@ -140,11 +141,11 @@ def certificate_table(certificates: Sequence[Row]) -> str:
 def cost_table(costs: Sequence[Row]) -> str:
     """Milliseconds of a step with its gradient, one column per engine."""
     engines = list(dict.fromkeys(r["engine"] for r in costs))
-    rescans = [f"rescan {e}" for e in engines if e != "auto"]
+    rescans = [f"rescan {e}" for e in dict.fromkeys(r["engine"] for r in costs if r["rescan_ms"])]
     rows = []
     for key, part in grouped(costs, "backend", "subject", "channels", "size").items():
         cells = {r["engine"]: r["step_ms"] for r in part}
-        cells |= {f"rescan {r['engine']}": r["rescan_ms"] for r in part}
+        cells |= {f"rescan {r['engine']}": r["rescan_ms"] for r in part if r["rescan_ms"]}
         numbers = [f"{float(cells[e]):.3g}" if e in cells else "" for e in (*engines, *rescans)]
         rows.append([*key, *numbers])
     return markdown(["backend", "what", "channels", "size", *engines, *rescans], rows)

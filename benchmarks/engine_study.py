@@ -94,15 +94,16 @@ VARIANTS: Mapping[str, Variant] = {
     "symbol, 4 steps": Variant("symbol", power_steps=4),
     "symbol, 16 steps": Variant("symbol", power_steps=16),
     "symbol, 16 steps, rescan 100": Variant("symbol", 100, 16),
+    "symbol, 16 steps, rescan 50": Variant("symbol", 50, 16),
 }
-TRAINED = ("operator", "symbol", "separable", "auto", "symbol, 16 steps, rescan 100")
+TRAINED = ("operator", "symbol", "separable", "auto", "symbol, 16 steps, rescan 50")
 TRACKING = tuple(name for name in VARIANTS if name.startswith("symbol"))
 CASES: Mapping[str, Case] = {
     "mnist": Case(
         load_recipe("mnist-lmt", epochs=5), probe_every=167, samples=60_000, variants=TRAINED
     ),
     "mnist-600": Case(
-        load_recipe("mnist-lmt", epochs=1), probe_every=13, samples=30_000, variants=TRACKING
+        load_recipe("mnist-lmt", epochs=1), probe_every=29, samples=30_000, variants=TRACKING
     ),
     "wrn-16-1": Case(
         TrainConfig(
@@ -337,18 +338,15 @@ def study(
             recorded = [r for r in recorded if r["engines"] == engines]
             if any(r["variant"] == label for r in recorded):
                 continue
-            twin = next(
-                (
-                    r
-                    for r in recorded
-                    if replace(VARIANTS[r["variant"]], engine=variant.engine) == variant
-                ),
-                None,
+            twins = [r for r in recorded if r["variant"] in VARIANTS]
+            same = (
+                replace(VARIANTS[r["variant"]], engine=variant.engine) == variant for r in twins
             )
+            twin = next((r for r, equal in zip(twins, same, strict=True) if equal), None)
             if twin is not None:
                 of_twin = {k: twin[k] for k in KEY}
-                same = [r for r in errors.rows() if all(r[k] == v for k, v in of_twin.items())]
-                row, rows = twin | {"same_as": twin["variant"]}, same
+                rows = [r for r in errors.rows() if all(r[k] == v for k, v in of_twin.items())]
+                row = twin | {"same_as": twin["same_as"] or twin["variant"]}
             else:
                 model, row, rows = run(case, variant, seed, data, backend)
                 save_file(model.state_dict(), weights_file(out, key))
@@ -422,7 +420,8 @@ def main() -> None:
     Table(args.out / "machine.csv", MACHINE_COLUMNS).put({"command": did}, lines)
     if args.command == "costs":
         costs = Table(args.out / "costs.csv", COST_COLUMNS)
-        costs.put({"backend": args.backend}, measure(args.backend))
+        for subject, rows in measure(args.backend):
+            costs.put({"backend": args.backend, **subject}, rows)
         return
     case, whole = CASES[args.case], load_dataset(args.data)
     x, y = whole.x_train[: case.samples], whole.y_train[: case.samples]

@@ -99,13 +99,6 @@ class Stencil:
         weights = self.groups * self.rows * self.channels * self.taps
         return 2 * weights * self.out_points
 
-    @property
-    def separable_products(self) -> int:
-        """Multiply-adds of one separable step: two weight products, four stencils on the grid."""
-        weights = self.rows * self.channels * self.taps
-        grid = self.out_points * (self.taps * self.rank) ** 2
-        return self.groups * (2 * self.rank * weights + 4 * grid)
-
     def state_size(self, engine: str) -> int:
         """Entries of an engine's iterate; its layout is in that engine's module."""
         if engine == "symbol":

@@ -235,15 +235,19 @@ def test_steps_never_wait_for_the_host(name: str, geometry: str) -> None:
 
 
 def test_choice_of_engine() -> None:
-    weight = torch.zeros(64, 64, 3, 3, device="meta")
-    chosen = {n: choose_engine(conv_region(weight, (64, n, n)), "auto")[0] for n in (8, 16, 32)}
-    assert chosen == {8: "operator", 16: "separable", 32: "symbol"}
-    narrow = torch.zeros(8, 8, 3, 3, device="meta")
-    name, reason = choose_engine(conv_region(narrow, (8, 16, 16)), "auto")
+    def choice(weight: torch.Tensor, n: int, engine: str = "auto", **geometry) -> tuple[str, str]:
+        return choose_engine(conv_region(weight, (weight.shape[1], n, n), **geometry), engine)
+
+    narrow, wide = (torch.zeros(c, c, 3, 3, device="meta") for c in (16, 512))
+    assert [choice(wide, n)[0] for n in (4, 8, 9, 32)] == ["operator"] * 2 + ["symbol"] * 2
+    # A stride shrinks the map, and a step on few channels is cheap on any.
+    assert choice(wide, 16, stride=(2, 2)) == ("operator", "64 positions")
+    assert choice(narrow, 32) == ("operator", "4.72 million products")
+    assert choice(narrow, 9, "separable")[0] == "separable"
+    name, reason = choice(wide, 9, padding_mode="reflect")
     assert name == "operator"
-    assert "fewer products" in reason
-    wrapped = conv_region(weight, (64, 9, 9), stride=(2, 2), padding_mode="circular")
-    name, reason = choose_engine(wrapped, "symbol")
+    assert reason.startswith("symbol: reflect")
+    name, reason = choice(narrow, 9, "symbol", stride=(2, 2), padding_mode="circular")
     assert name == "operator"
     assert reason.startswith("symbol: circular")
     with pytest.raises(ArgumentError, match="an engine, one of auto, operator, symbol, separable"):

@@ -16,11 +16,12 @@ __all__ = ["ENGINES", "Engine", "Saved", "Step", "choose_engine", "get_engine"]
 
 ENGINES = ("operator", "symbol", "separable")
 
-# Provisional (docs/adr/0009): the true operator where a map is so small that it costs about one
-# read of the weights, the symbol where its boundary error is below one percent, the separable form
-# between, unless the true operator is less arithmetic.
+# Measured along training (docs/adr/0009): networks trained with the symbol of their larger maps
+# missed the radii of the true operator, which is cheap up to this many multiply-adds per step.
+# Beyond, the symbol, whose price does not depend on the map, but never on maps so small that its
+# border excess is several percent and the true operator costs about as much.
+OPERATOR_MAX_PRODUCTS = 1 << 27
 OPERATOR_MAX_POSITIONS = 64
-SEPARABLE_MAX_POSITIONS = 400
 
 
 def get_engine(name: str, backend: str = "reference") -> Engine:
@@ -51,11 +52,9 @@ def choose_engine(region: Region, requested: str) -> tuple[str, str]:
     if requested == "auto":
         if positions <= OPERATOR_MAX_POSITIONS:
             return "operator", f"{positions} positions"
+        if form.operator_products <= OPERATOR_MAX_PRODUCTS:
+            return "operator", f"{form.operator_products / 1e6:.3g} million products"
         requested = "symbol"
-        if positions <= SEPARABLE_MAX_POSITIONS:
-            if form.operator_products <= form.separable_products:
-                return "operator", f"{positions} positions, fewer products than separable"
-            requested = "separable"
     reason = get_engine(requested).refusal(region)
     if reason is not None:
         return "operator", f"{requested}: {reason}"
