@@ -50,6 +50,18 @@ def check_margin_problem(
     check_tensor(coefficient, "coefficient", (n,), dtype, device)
 
 
+def check_head(weight: Tensor, classes: Tensor | None, device: torch.device) -> None:
+    """Refuse a head that is no floating-point matrix, or classes that are no vector of int64."""
+    if not weight.is_floating_point():
+        raise DtypeError("a floating-point head", str(weight.dtype), "head_weight", "cast it")
+    if weight.ndim != 2:
+        got = str(tuple(weight.shape))
+        raise ShapeError("shape (K, D)", got, "head_weight", "pass one row per class")
+    check_tensor(weight, "head_weight", weight.shape, weight.dtype, device)
+    if classes is not None:
+        check_tensor(classes, "classes", (classes.numel(),), torch.int64, device)
+
+
 def check_tensor(
     tensor: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lmtfast.backends import pair_norm
 from lmtfast.backends.margin_argument import (
+    check_head,
     check_margin_problem,
     check_tensor,
     with_unit_columns,
 )
 from lmtfast.backends.native_spectral import STEPS, compose, spectral_step, spectral_vjp
-from lmtfast.errors import ArgumentError, BackendUnavailableError, ShapeError
+from lmtfast.errors import ArgumentError, BackendUnavailableError
 
 __all__ = [
     "STEPS", "available", "compose", "margin_backward", "margin_forward", "pair_norm_forward",
@@ -192,13 +193,8 @@ def _head(
     """
     if _unavailable:
         raise _missing()
-    if weight.ndim != 2:
-        got = str(tuple(weight.shape))
-        raise ShapeError("shape (K, D)", got, "head_weight", "pass one row per class")
-    check_tensor(weight, "head_weight", weight.shape, weight.dtype, CPU)
-    if classes is not None:
-        check_tensor(classes, "classes", (classes.numel(),), torch.int64, CPU)
-        classes = classes.contiguous()
+    check_head(weight, classes, CPU)
+    classes = None if classes is None else classes.contiguous()
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     kept = with_unit_columns(weight)

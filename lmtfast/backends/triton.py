@@ -16,13 +16,14 @@ from torch import Tensor
 from triton import cdiv, knobs
 
 from lmtfast.backends.margin_argument import (
+    check_head,
     check_margin_problem,
     check_tensor,
     computing_dtype,
     with_unit_columns,
 )
 from lmtfast.backends.pair_norm import without_autocast
-from lmtfast.errors import ArgumentError, BackendUnavailableError, DtypeError
+from lmtfast.errors import ArgumentError, BackendUnavailableError
 from lmtfast.kernels import margin_loss, pair_norm
 from lmtfast.kernels.alignment import alignment
 
@@ -218,11 +219,8 @@ def _check_device(tensor: Tensor, name: str) -> None:
 def _head(weight: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The head with rows that the kernels can read, and its chosen classes."""
     _check_device(weight, "head_weight")
-    if weight.dtype not in DTYPES:
-        raise DtypeError("a floating-point head", str(weight.dtype), "head_weight", "cast it")
-    if classes is not None:
-        check_tensor(classes, "classes", (classes.numel(),), torch.int64, weight.device)
-        classes = classes.contiguous()
+    check_head(weight, classes, weight.device)
+    classes = None if classes is None else classes.contiguous()
     return with_unit_columns(weight), classes
 
 
