@@ -32,8 +32,6 @@ LMTFAST_TARGET_END
 
 namespace {
 
-constexpr int64_t kTileRowsMax = 16, kStageMax = kDepth + 16;
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows shared out evenly among blocks of at most `most`.
@@ -89,18 +87,18 @@ int64_t adjoint_width(const Convolution& op) {
   return std::clamp<int64_t>(std::min(rows / taps(op.row), by_planes), 1, op.row.channels);
 }
 
-int64_t workspace_floats(const Convolution& op, const ConvolutionKernels&) {
-  const int64_t staged = kTileRowsMax * kStageMax + kSlack;
-  const int64_t image = kDepth * kImageColumns + kSlack + (op.outputs() == 1 ? columns(op.row) : 0);
-  const int64_t channels = adjoint_width(op);
-  // Tiles need not be full: twice the rows covers them.
-  const int64_t packed =
-      op.outputs() == 1 ? 0 : 2 * (channels * taps(op.row) + kTileRowsMax) * (kDepth + kSlack);
-  const int64_t adjoint =
-      packed + channels * (taps(op.row) * adjoint_stride(op) + op.stencil.plane) + kSlack;
+int64_t workspace_floats(const Convolution& op, const ConvolutionKernels& kernels) {
+  const bool one = op.outputs() == 1;
+  const int64_t image =
+      kernels.tile_rows * (kDepth + 16) + (one ? columns(op.row) : kDepth * kImageColumns);
+  // The most channels at a time; Z and their planes, behind the packed weights.
+  const int64_t channels = adjoint_width(op), z_rows = channels * taps(op.row);
+  const int64_t tiles = one ? 0 : ceil_div(z_rows, kernels.tile_rows);
+  const int64_t adjoint = tiles * (kDepth * kernels.tile_rows + kSlack) +
+                          z_rows * adjoint_stride(op) + channels * op.stencil.plane;
   const int64_t rows = std::min(op.row.rows, kGradientRows);
-  const int64_t gradient = (kDepth + 1 + rows) * kGradientColumns + 2 * kSlack;
-  return staged + std::max({image, adjoint, gradient});
+  const int64_t gradient = (kDepth + 1 + rows) * kGradientColumns;
+  return std::max({image, adjoint, gradient}) + 4 * kSlack;
 }
 
 std::vector<Block> image_blocks(const Convolution& op, const ConvolutionKernels& kernels,

@@ -118,9 +118,9 @@ void image_as(const Convolution& op, const float* planes, const float* x, float*
         // The next tile's rows; behind the last, the next depth range of the first.
         const Weight* next =
             high < count ? w + (high - low) * depth_total : w - low * depth_total + kDepth;
-        const Ahead ahead{next, 64, depth_total * static_cast<int64_t>(sizeof(Weight))};
+        const Ahead ahead(next, 64, depth_total * static_cast<int64_t>(sizeof(Weight)));
         multiply_panels<true>(high - low, depth, staged, panels, panel_stride,
-                              u + r * points + b.begin, points, b.end - b.begin, k > 0, ahead);
+                              u + r * points + b.begin, points, b.end - b.begin, k > 0, &ahead, 1);
         low = high;
       }
     }
@@ -191,11 +191,11 @@ void adjoint_product(const Convolution& op, const float* panels, int64_t group,
       const Weight* next = r + kDepth < rows ? w + kDepth * width : w - r * width + parts.length;
       for (int64_t i = 0, low = 0; low < parts.length; ++i) {
         const int64_t high = tile_begin(parts.length, i + 1);
-        const Ahead ahead{next + i * 64 / static_cast<int64_t>(sizeof(Weight)), row_bytes,
-                          row_bytes * kAhead};
+        const Ahead ahead(next + i * 64 / static_cast<int64_t>(sizeof(Weight)), row_bytes,
+                          row_bytes * kAhead);
         multiply_panels<false>(high - low, depth, packed + i * kPackedTile, first + r * kPanel,
                                rows * kPanel, c + (part * parts.length + low) * stride, stride,
-                               count, r > 0, ahead);
+                               count, r > 0, &ahead, 1);
         low = high;
       }
     }
@@ -229,7 +229,8 @@ void adjoint_channels(const Convolution& op, const float* panels, int64_t group,
                             inputs);
     return;
   }
-  float* z = packed + (parts.length + kTileRows - 1) / kTileRows * kPackedTile;
+  const int64_t tiles = points == 1 ? 0 : (parts.length + kTileRows - 1) / kTileRows;
+  float* z = packed + tiles * kPackedTile;
   float* planes = z + parts.rows() * stride;
   std::memset(planes, 0, static_cast<size_t>((last - first) * op.stencil.plane) * sizeof(float));
   for (int64_t o = 0; o < points; o += kAdjointColumns) {
@@ -265,42 +266,64 @@ void adjoint_as(const Convolution& op, const float* panels, const float* u, floa
   }
 }
 
-// dA of one row tile, rows of stride `stride`, into its gradient and sums.
+// dA of rows [first, last) and the block's columns, at `product` with rows of stride `stride`, into
+// the gradient and the sums. `scales` is of the columns; null for ones, and then without their sums.
 template <class Weight>
 void finish_gradient(const Convolution& op, const GradientTarget& target, const float* product,
-                     int64_t stride, int64_t group, const Block& b, const float* scales) {
+                     int64_t stride, int64_t group, int64_t first, int64_t last, const Block& b,
+                     const float* scales) {
   const int64_t width = columns(op.row), n = b.end - b.begin;
   double* column_sums = target.column_sums + group * width + b.begin;
-  std::fill(column_sums, column_sums + n, 0.0);
-  for (int64_t r = b.first; r < b.last; ++r, product += stride) {
+  for (int64_t r = first; r < last; ++r, product += stride) {
     const int64_t row = group * op.row.rows + r;
     const Weight* w = weight_of<Weight>(op, row) + b.begin;
     const float scale = op.row_scale ? op.row_scale[row] : 1.0f;
+    const Vec factor = v::broadcast(scale);
     float* out = target.gradient ? target.gradient + row * width + b.begin : nullptr;
-    double sum = 0.0;
+    float times_w[kGradientColumns], lanes[kWidth];
+    Vec sum = v::zero();
     for (int64_t k = 0; k < n; k += kWidth) {
       const int64_t here = std::min(n - k, kWidth);
-      const Vec a = here == kWidth ? v::load(product + k) : v::load_part(product + k, here);
-      const Vec both = (here == kWidth ? v::load(w + k) : v::load_part(w + k, here)) * a;
-      const Vec s = here == kWidth ? v::load(scales + k) : v::load_part(scales + k, here);
-      float lanes[2][kWidth];
-      v::store(lanes[0], both);
-      v::store(lanes[1], both * s);
-      for (int64_t j = 0; j < here; ++j) {
-        column_sums[k + j] += static_cast<double>(lanes[0][j]) * scale;
-        sum += lanes[1][j];
+      const bool whole = here == kWidth;
+      Vec a = v::load(product + k);
+      const Vec b_w = a * (whole ? v::load(w + k) : v::load_part(w + k, here));
+      if (scales) {
+        const Vec s = v::load(scales + k);
+        v::store(times_w + k, b_w);
+        sum = v::fma(b_w, s, sum);
+        a = a * s;
+      } else {
+        sum = sum + b_w;
       }
       if (out == nullptr) continue;
-      const Vec value = a * s * v::broadcast(scale);
-      if (here == kWidth) {
-        v::store(out + k, target.accumulate ? v::load(out + k) + value : value);
+      a = a * factor;
+      if (whole) {
+        v::store(out + k, target.accumulate ? v::load(out + k) + a : a);
       } else {
-        v::store_part(out + k, target.accumulate ? v::load_part(out + k, here) + value : value,
-                      here);
+        v::store_part(out + k, target.accumulate ? v::load_part(out + k, here) + a : a, here);
       }
     }
-    target.row_sums[row] = sum;
+    for (int64_t k = 0; scales && k < n; ++k) {
+      column_sums[k] += static_cast<double>(times_w[k]) * scale;
+    }
+    v::store(lanes, sum);
+    double total = 0.0;
+    for (const float lane : lanes) total += lane;
+    target.row_sums[row] = total;
   }
+}
+
+// A panel's weights and its place in the gradient, a line of each of kAhead rows at a time.
+template <class Weight>
+Ahead gradient_ahead(const Weight* w, const float* gradient, int64_t width) {
+  Ahead ahead(w, width * static_cast<int64_t>(sizeof(Weight)), 0);
+  for (int64_t i = 0; i < kDepth / kAhead; ++i) {
+    const bool second = gradient && i % 2 == 1;
+    const char* start =
+        second ? reinterpret_cast<const char*>(gradient) : reinterpret_cast<const char*>(w);
+    ahead.group[i] = start + i / (gradient ? 2 : 1) * 64;
+  }
+  return ahead;
 }
 
 template <class Weight>
@@ -319,8 +342,16 @@ void gradient_as(const Convolution& op, const float* planes, const float* tiles,
     const int64_t row = group * op.row.rows;
     float* c = sums ? product : target.gradient + (row + b.first) * width + b.begin;
     const int64_t stride = sums ? kGradientColumns : width;
+    if (sums) {
+      Columns column(op, b.begin);
+      for (int64_t k = 0; op.column_scale && k < n; ++k, column.next()) {
+        scales[k] = op.column_scale[group * op.row.channels + column.channel()];
+      }
+      std::fill_n(target.column_sums + group * width + b.begin, n, 0.0);
+    }
     for (int64_t o = 0; o < points; o += kDepth) {
       const int64_t depth = std::min(points - o, kDepth);
+      const bool finishes = sums && o + depth == points;
       Lanes lanes[kDepth / kWidth];
       find_lanes(op, o, depth, lanes);
       for (int64_t k = 0; k < n; k += kPanel) {
@@ -330,19 +361,24 @@ void gradient_as(const Convolution& op, const float* planes, const float* tiles,
       for (int64_t i = 0; i < per_group; ++i) {
         const int64_t low = tile_begin(op.row.rows, i), high = tile_begin(op.row.rows, i + 1);
         if (low < b.first || high > b.last) continue;
+        float* to = c + (low - b.first) * stride;
+        Ahead ahead[kGradientColumns / kPanel];
+        for (int64_t k = 0; finishes && k < n; k += kPanel) {
+          const int64_t at = (row + low) * width + b.begin + k;
+          ahead[k / kPanel] =
+              gradient_ahead(static_cast<const Weight*>(op.weight) + at,
+                             target.gradient ? target.gradient + at : nullptr, width);
+        }
         multiply_panels<false>(high - low, depth,
                                tiles + (group * per_group + i) * tile_size + o * kTileRows, panels,
-                               panel_stride, c + (low - b.first) * stride, stride, n,
-                               o > 0 || (!sums && target.accumulate), Ahead{panels, 0, 0});
+                               panel_stride, to, stride, n, o > 0 || (!sums && target.accumulate),
+                               ahead, finishes ? kGradientColumns / kPanel : 0);
+        if (finishes) {
+          finish_gradient<Weight>(op, target, to, stride, group, low, high, b,
+                                  op.column_scale ? scales : nullptr);
+        }
       }
     }
-    if (!sums) continue;
-    Columns column(op, b.begin);
-    for (int64_t k = 0; k < n; ++k, column.next()) {
-      const int64_t channel = group * op.row.channels + column.channel();
-      scales[k] = op.column_scale ? op.column_scale[channel] : 1.0f;
-    }
-    finish_gradient<Weight>(op, target, product, kGradientColumns, group, b, scales);
   }
 }
 

@@ -12,18 +12,26 @@ constexpr int64_t kPanel = 2 * kWidth;
 // Not a power of two: rows of a staged tile must not meet in the same cache sets.
 constexpr int64_t kStage = kDepth + 16;
 
-// What is read after a tile, fetched while it multiplies: one cache line per step in depth, in
-// groups of kAhead steps, at  start + step * (i % kAhead) + group * (i / kAhead)  bytes.
+// Cache lines to fetch while a tile multiplies, one per step in depth: group[i / kAhead] + step * (i %
+// kAhead) bytes.
 constexpr int64_t kAhead = 16;
 struct Ahead {
-  const void* start;
-  int64_t step, group;
+  int64_t step;
+  const char* group[kDepth / kAhead];
+
+  Ahead() = default;
+  // Lines `step` bytes apart, groups `next` bytes apart.
+  Ahead(const void* start, int64_t step_bytes, int64_t next) : step(step_bytes) {
+    for (const char*& g : group) {
+      g = static_cast<const char*>(start) + (&g - group) * next;
+    }
+  }
 };
 
 // C (kRows, columns) = or += A B. `columns` fills kVectors vectors but for a part of the last.
 template <int kRows, int kVectors, bool kStaged>
 void tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride, int64_t columns,
-          bool add, Ahead ahead) {
+          bool add, const Ahead& ahead) {
   constexpr int64_t row_step = kStaged ? kStage : 1;
   constexpr int64_t depth_step = kStaged ? 1 : kTileRows;
   Vec sum[kRows][kVectors];
@@ -36,9 +44,8 @@ void tile(int64_t depth, const float* a, const float* b, float* c, int64_t strid
     }
     LMTFAST_FETCH(c + i * stride + columns - 1);
   }
-  const char* group = static_cast<const char*>(ahead.start);
-  for (int64_t begin = 0; begin < depth; begin += kAhead, group += ahead.group) {
-    const char* line = group;
+  for (int64_t begin = 0; begin < depth; begin += kAhead) {
+    const char* line = ahead.group[begin / kAhead];
     const int64_t end = std::min(depth, begin + kAhead);
     for (int64_t k = begin; k < end; ++k, a += depth_step, b += kPanel, line += ahead.step) {
       LMTFAST_FETCH(line);
@@ -68,7 +75,8 @@ void tile(int64_t depth, const float* a, const float* b, float* c, int64_t strid
   }
 }
 
-using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool, Ahead);
+using Tile = void (*)(int64_t, const float*, const float*, float*, int64_t, int64_t, bool,
+                      const Ahead&);
 
 template <bool kStaged, size_t... kRows>
 Tile tile_of(int64_t rows, int64_t vectors, std::index_sequence<kRows...>) {
@@ -77,17 +85,19 @@ Tile tile_of(int64_t rows, int64_t vectors, std::index_sequence<kRows...>) {
   return tiles[vectors - 1][rows - 1];
 }
 
-// The columns [0, columns) of a tile's product with successive panels of stride `panel_stride`.
+// The columns [0, columns) of a tile's product with successive panels of stride `panel_stride`;
+// panel i fetches ahead[i], the last of them `fetches`.
 template <bool kStaged>
 void multiply_panels(int64_t rows, int64_t depth, const float* a, const float* b,
                      int64_t panel_stride, float* c, int64_t stride, int64_t columns, bool add,
-                     Ahead ahead) {
+                     const Ahead* ahead, int64_t fetches) {
   constexpr auto all = std::make_index_sequence<kTileRows>();
-  for (int64_t n = 0; n < columns; n += kPanel, b += panel_stride) {
+  const Ahead nothing(a, 0, 0);
+  for (int64_t n = 0; n < columns; n += kPanel, b += panel_stride, ++ahead, --fetches) {
     const int64_t count = std::min(columns - n, kPanel);
     const int64_t vectors = (count + kWidth - 1) / kWidth;
-    tile_of<kStaged>(rows, vectors, all)(depth, a, b, c + n, stride, count, add, ahead);
-    ahead = {a, 0, 0};
+    tile_of<kStaged>(rows, vectors, all)(depth, a, b, c + n, stride, count, add,
+                                         fetches > 0 ? *ahead : nothing);
   }
 }
 
