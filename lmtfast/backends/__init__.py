@@ -173,7 +173,7 @@ register_backend(
     probe=_reference,
 )  # fmt: skip
 register_backend(
-    "native", module="lmtfast.backends.native", provides="margin cross-entropy on the CPU",
+    "native", module="lmtfast.backends.native", provides="margin losses, pair norms and bound steps on the CPU",
     probe=_native,
 )  # fmt: skip
 register_backend(

@@ -77,6 +77,28 @@ int main(void) {
   failures += expect(
       lmtfast_margin_cross_entropy_forward(NULL, loss, dlogits, scale) == LMTFAST_INVALID_ARGUMENT,
       "null problem");
+
+  {
+    const float head[4] = {3.0f, 0.0f, 0.0f, 4.0f};
+    float norms[2] = {-1.0f, -1.0f}, grad[2] = {1.0f, 1.0f}, grad_weight[4];
+    int64_t classes[1] = {1};
+    lmtfast_pair_norm q = {LMTFAST_FLOAT32, 2, 2, 1, 2, head, classes};
+    failures += expect(lmtfast_pair_norm_forward(&q, norms, 1) == LMTFAST_OK, "pair norms");
+    failures += expect(norms[0] == 5.0f && norms[1] == 0.0f, "a triangle of 3, 4 and 5");
+    failures += expect(lmtfast_pair_norm_vjp(&q, norms, grad, grad_weight, 1) == LMTFAST_OK, "vjp");
+    failures += expect(grad_weight[0] > 0.59f && grad_weight[0] < 0.61f, "unit difference");
+    classes[0] = 2;
+    failures += expect(lmtfast_pair_norm_forward(&q, norms, 1) == LMTFAST_INVALID_ARGUMENT,
+                       "a class that is none");
+    failures += expect(strstr(lmtfast_last_error(), "classes[0]") != NULL, "message names it");
+    failures += expect(norms[0] == 5.0f, "norms untouched");
+    classes[0] = 1;
+    failures +=
+        expect(lmtfast_pair_norm_forward(&q, NULL, 1) == LMTFAST_INVALID_ARGUMENT, "null norms");
+    q.dtype = LMTFAST_FLOAT64;
+    failures += expect(lmtfast_pair_norm_forward(&q, norms, 1) == LMTFAST_INVALID_ARGUMENT,
+                       "a float64 head");
+  }
   printf("%d failures\n", failures);
   return failures;
 }
