@@ -68,11 +68,9 @@ void pull(const lmtfast_instruction& step, const double* value, double result, d
       adjoint[step.a] += grad * (a / result);
       adjoint[step.b] += grad * (b / result);
       return;
-    default: {  // LMTFAST_MAX
-      const double share = a == b ? 0.5 : a > b ? 1.0 : 0.0;
-      adjoint[step.a] += grad * share;
-      adjoint[step.b] += grad * (1.0 - share);
-    }
+    default:  // LMTFAST_MAX; both operands where one is NaN, as PyTorch has it
+      adjoint[step.a] += a == b ? 0.5 * grad : a < b ? 0.0 : grad;
+      adjoint[step.b] += a == b ? 0.5 * grad : a > b ? 0.0 : grad;
   }
 }
 
