@@ -173,12 +173,12 @@ register_backend(
     probe=_reference,
 )  # fmt: skip
 register_backend(
-    "native", module="lmtfast.backends.native", provides="margin losses, pair norms and bound steps on the CPU",
-    probe=_native,
+    "native", module="lmtfast.backends.native",
+    provides="margin losses, pair norms and bound steps on the CPU", probe=_native,
 )  # fmt: skip
 register_backend(
     "cuda", module="lmtfast.backends.cuda",
-    provides="margin losses and pair norms on NVIDIA GPUs", probe=_cuda,
+    provides="margin losses, pair norms and bound steps on NVIDIA GPUs", probe=_cuda,
 )  # fmt: skip
 register_backend(
     "triton", module="lmtfast.backends.triton",
