@@ -285,10 +285,11 @@ void finish_gradient(const Convolution& op, const GradientTarget& target, const 
     for (int64_t k = 0; k < n; k += kWidth) {
       const int64_t here = std::min(n - k, kWidth);
       const bool whole = here == kWidth;
-      Vec a = v::load(product + k);
+      // Beyond the last column there may be anything, NaN included.
+      Vec a = whole ? v::load(product + k) : v::load_part(product + k, here);
       const Vec b_w = a * (whole ? v::load(w + k) : v::load_part(w + k, here));
       if (scales) {
-        const Vec s = v::load(scales + k);
+        const Vec s = whole ? v::load(scales + k) : v::load_part(scales + k, here);
         v::store(times_w + k, b_w);
         sum = v::fma(b_w, s, sum);
         a = a * s;
