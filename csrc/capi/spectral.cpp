@@ -36,6 +36,17 @@ void require_grads(const lmtfast_tensor* tensors, const lmtfast_tensor* grads, i
   }
 }
 
+void require_row(const lmtfast_network* network, int64_t row, const lmtfast_tensor* tensors,
+                 int64_t n_tensors, const float* u, const float* v, int64_t num_threads) {
+  require_network(network);
+  lmtfast::require(num_threads >= 0, "num_threads >= 0", num_threads, "num_threads");
+  lmtfast::validate(*network, tensors, n_tensors);
+  lmtfast::require(row >= 0 && row < network->n_rows && network->rows[row].kind != 0,
+                   "a row of kind 1", row, "row");
+  require_buffer(u, 1, "u");
+  require_buffer(v, 1, "v");
+}
+
 }  // namespace
 
 lmtfast_status lmtfast_spectral_step(const lmtfast_network* network, const lmtfast_tensor* tensors,
@@ -64,6 +75,35 @@ lmtfast_status lmtfast_spectral_vjp(const lmtfast_network* network, const lmtfas
     require_grads(tensors, grads, n_tensors);
     lmtfast::cpu::spectral_vjp(*network, tensors, saved, grad_sigmas, grads, n_tensors,
                                num_threads);
+  });
+}
+
+lmtfast_status lmtfast_matvec(const lmtfast_network* network, int64_t row,
+                              const lmtfast_tensor* tensors, int64_t n_tensors, const float* v,
+                              float* u, int64_t num_threads) {
+  return lmtfast::guarded([&] {
+    require_row(network, row, tensors, n_tensors, u, v, num_threads);
+    lmtfast::cpu::matvec(*network, row, tensors, v, u, num_threads);
+  });
+}
+
+lmtfast_status lmtfast_rmatvec(const lmtfast_network* network, int64_t row,
+                               const lmtfast_tensor* tensors, int64_t n_tensors, const float* u,
+                               float* v, int64_t num_threads) {
+  return lmtfast::guarded([&] {
+    require_row(network, row, tensors, n_tensors, u, v, num_threads);
+    lmtfast::cpu::rmatvec(*network, row, tensors, u, v, num_threads);
+  });
+}
+
+lmtfast_status lmtfast_weight_vjp(const lmtfast_network* network, int64_t row,
+                                  const lmtfast_tensor* tensors, int64_t n_tensors, const float* u,
+                                  const float* v, const lmtfast_tensor* grads,
+                                  int64_t num_threads) {
+  return lmtfast::guarded([&] {
+    require_row(network, row, tensors, n_tensors, u, v, num_threads);
+    require_grads(tensors, grads, n_tensors);
+    lmtfast::cpu::weight_vjp(*network, row, tensors, n_tensors, u, v, grads, num_threads);
   });
 }
 

@@ -77,6 +77,9 @@ struct SpectralVjp {
   std::vector<int64_t> which;
 };
 
+// Writes the scale buffer.
+void fill_scales(const lmtfast_network& network, const lmtfast_tensor* tensors, float* scales);
+
 void operator_step(const SpectralStep& step);
 void symbol_step(const SpectralStep& step);
 void separable_step(const SpectralStep& step);
@@ -92,6 +95,15 @@ void spectral_vjp(const lmtfast_network& network, const lmtfast_tensor* tensors,
                   const float* grad_sigmas, const lmtfast_tensor* grads, int64_t n_tensors,
                   int64_t threads);
 void compose(const lmtfast_network& network, const float* sigmas, float* values, float* jacobian);
+
+// One operator of the table by itself; vectors as the operator engine has them.
+void matvec(const lmtfast_network& network, int64_t row, const lmtfast_tensor* tensors,
+            const float* v, float* u, int64_t threads);
+void rmatvec(const lmtfast_network& network, int64_t row, const lmtfast_tensor* tensors,
+             const float* u, float* v, int64_t threads);
+void weight_vjp(const lmtfast_network& network, int64_t row, const lmtfast_tensor* tensors,
+                int64_t n_tensors, const float* u, const float* v, const lmtfast_tensor* grads,
+                int64_t threads);
 
 }  // namespace cpu
 }  // namespace lmtfast

@@ -98,11 +98,49 @@ class Network {
     raise_unless_ok(status);
   }
 
+  void matvec(int64_t row, const Integers& tensors, Address v, Address u,
+              int64_t num_threads) const {
+    product(lmtfast_matvec, row, tensors, v, u, num_threads);
+  }
+
+  void rmatvec(int64_t row, const Integers& tensors, Address u, Address v,
+               int64_t num_threads) const {
+    product(lmtfast_rmatvec, row, tensors, u, v, num_threads);
+  }
+
+  void weight_vjp(int64_t row, const Integers& tensors, Address u, Address v, const Integers& grads,
+                  int64_t num_threads) const {
+    const auto views = rows_of<lmtfast_tensor>(tensors, "tensors");
+    const auto outputs = rows_of<lmtfast_tensor>(grads, "grads");
+    if (outputs.size() != views.size()) {
+      throw py::value_error("expected one gradient per tensor; at grads");
+    }
+    lmtfast_status status;
+    {
+      const py::gil_scoped_release release;
+      status = lmtfast_weight_vjp(&view_, row, views.data(), static_cast<int64_t>(views.size()),
+                                  floats(u), floats(v), outputs.data(), num_threads);
+    }
+    raise_unless_ok(status);
+  }
+
   void compose(Address sigmas, Address values, Address jacobian) const {
     raise_unless_ok(lmtfast_compose(&view_, floats(sigmas), floats(values), floats(jacobian)));
   }
 
  private:
+  void product(decltype(lmtfast_matvec)* function, int64_t row, const Integers& tensors, Address x,
+               Address y, int64_t num_threads) const {
+    const auto views = rows_of<lmtfast_tensor>(tensors, "tensors");
+    lmtfast_status status;
+    {
+      const py::gil_scoped_release release;
+      status = function(&view_, row, views.data(), static_cast<int64_t>(views.size()), floats(x),
+                        floats(y), num_threads);
+    }
+    raise_unless_ok(status);
+  }
+
   static float* floats(Address value) { return static_cast<float*>(address(value)); }
 
   std::vector<lmtfast_op_row> rows_;
@@ -126,6 +164,12 @@ void bind_spectral(py::module_& m) {
            py::arg("sigmas"), py::arg("saved"), py::arg("num_threads"))
       .def("vjp", &Network::vjp, py::arg("tensors"), py::arg("saved"), py::arg("grad_sigmas"),
            py::arg("grads"), py::arg("num_threads"))
+      .def("matvec", &Network::matvec, py::arg("row"), py::arg("tensors"), py::arg("v"),
+           py::arg("u"), py::arg("num_threads"))
+      .def("rmatvec", &Network::rmatvec, py::arg("row"), py::arg("tensors"), py::arg("u"),
+           py::arg("v"), py::arg("num_threads"))
+      .def("weight_vjp", &Network::weight_vjp, py::arg("row"), py::arg("tensors"), py::arg("u"),
+           py::arg("v"), py::arg("grads"), py::arg("num_threads"))
       .def("compose", &Network::compose, py::arg("sigmas"), py::arg("values"), py::arg("jacobian"));
 }
 

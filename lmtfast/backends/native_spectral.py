@@ -7,6 +7,7 @@ A backend that offers this exposes ``STEPS`` (the engines it runs), ``spectral_s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmtfast.errors import DtypeError, ShapeError
-from lmtfast.table import OperatorTable
+from lmtfast.table import AXES, FIELDS, OperatorTable
 
 STEPS = frozenset({"operator", "symbol", "separable"})
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
@@ -87,20 +88,58 @@ def spectral_vjp(
         wanted: Which tensors' gradients are wanted; the others' are None.
     """
     views = [_dense(t) for t in tensors]
-    grads = [
-        torch.empty_like(v, dtype=torch.float32) if want else None
-        for v, want in zip(views, wanted, strict=True)
-    ]
-    outputs = []
-    for view, grad in zip(views, grads, strict=True):
-        if grad is None:
-            outputs += [0, 0, 0, 0]
-        else:
-            outputs += [grad.data_ptr(), 0, view.numel(), int(_tap_major(view))]
+    grads, outputs = _gradients(views, wanted)
+    saved, grad_sigmas = saved.contiguous(), grad_sigmas.contiguous()
     packed(table).vjp(
-        _described(views), saved.data_ptr(), grad_sigmas.contiguous().data_ptr(), outputs,
+        _described(views), saved.data_ptr(), grad_sigmas.data_ptr(), outputs,
         torch.get_num_threads(),
     )  # fmt: skip
+    return [g if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
+
+
+def row_matvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], v: Tensor) -> Tensor:
+    """``A v`` of one compiled operator. Flat float32, ``v`` of any shape with its entries.
+
+    Raises:
+        DtypeError: ``v`` is not float32.
+        ShapeError: ``v`` has another number of entries, or the row is not compiled.
+    """
+    outputs, inputs = _sides(table, row)
+    views, v = [_dense(t) for t in tensors], _vector(v, inputs, "v")
+    u = v.new_empty(outputs)
+    packed(table).matvec(
+        row, _described(views), v.data_ptr(), u.data_ptr(), torch.get_num_threads()
+    )
+    return u
+
+
+def row_rmatvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], u: Tensor) -> Tensor:
+    """``A^T u`` of one compiled operator; as :func:`row_matvec`."""
+    outputs, inputs = _sides(table, row)
+    views, u = [_dense(t) for t in tensors], _vector(u, outputs, "u")
+    v = u.new_empty(inputs)
+    packed(table).rmatvec(
+        row, _described(views), u.data_ptr(), v.data_ptr(), torch.get_num_threads()
+    )
+    return v
+
+
+def row_weight_vjp(
+    table: OperatorTable,
+    row: int,
+    tensors: Sequence[Tensor],
+    u: Tensor,
+    v: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradient of ``<u, A v>`` of one compiled operator, as :func:`spectral_vjp` returns it."""
+    outputs, inputs = _sides(table, row)
+    u, v = _vector(u, outputs, "u"), _vector(v, inputs, "v")
+    views = [_dense(t) for t in tensors]
+    grads, described = _gradients(views, wanted)
+    packed(table).weight_vjp(
+        row, _described(views), u.data_ptr(), v.data_ptr(), described, torch.get_num_threads()
+    )
     return [g if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
 
 
@@ -123,6 +162,48 @@ def _require_state(table: OperatorTable, state: Tensor) -> None:
             f"iterates of shape ({table.state_size},)", str(tuple(state.shape)), "PowerState",
             "use the state that was made with the plan",
         )  # fmt: skip
+
+
+def _sides(table: OperatorTable, row: int) -> tuple[int, int]:
+    """Entries of an operator's output and input."""
+    if row not in table.compiled:
+        raise ShapeError(
+            f"a compiled row, one of {table.compiled}", str(row), "row",
+            "run the others on the reference backend",
+        )  # fmt: skip
+    at = dict(zip(FIELDS, table.rows[row], strict=True))
+    inputs = at["groups"] * at["channels"] * math.prod(at[f"in_{i}"] for i in range(AXES))
+    outputs = at["groups"] * at["rows"] * math.prod(at[f"out_{i}"] for i in range(AXES))
+    return (inputs, outputs) if at["transposed"] else (outputs, inputs)
+
+
+def _vector(x: Tensor, entries: int, name: str) -> Tensor:
+    if x.dtype != torch.float32 or not x.is_cpu:
+        raise DtypeError(
+            "a float32 vector on the CPU", f"{x.dtype} on {x.device}", name, "convert it first"
+        )
+    if x.numel() != entries:
+        raise ShapeError(
+            f"{entries} entries", str(tuple(x.shape)), name, "use the operator's own shape"
+        )
+    return x.detach().reshape(-1).contiguous()
+
+
+def _gradients(
+    views: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[list[Tensor | None], list[int]]:
+    """Buffers for the wanted gradients, float32 in their tensor's layout, and their description."""
+    grads = [
+        torch.empty_like(v, dtype=torch.float32) if want else None
+        for v, want in zip(views, wanted, strict=True)
+    ]
+    described = []
+    for view, grad in zip(views, grads, strict=True):
+        if grad is None:
+            described += [0, 0, 0, 0]
+        else:
+            described += [grad.data_ptr(), 0, view.numel(), int(_tap_major(view))]
+    return grads, described
 
 
 def _tap_major(t: Tensor) -> bool:

@@ -166,6 +166,20 @@ LMTFAST_API lmtfast_status lmtfast_spectral_vjp(const lmtfast_network* network,
                                                 const float* saved, const float* grad_sigmas,
                                                 const lmtfast_tensor* grads, int64_t num_threads);
 
+/* One operator of the table by itself, whatever its engine: u = A v, v = A^T u, and the gradient of
+ * <u, A v> in every tensor whose entry of grads has data, as lmtfast_spectral_vjp writes it. v is
+ * (input channels, positions), u (output channels, positions); a matrix acts on one position. */
+LMTFAST_API lmtfast_status lmtfast_matvec(const lmtfast_network* network, int64_t row,
+                                          const lmtfast_tensor* tensors, int64_t n_tensors,
+                                          const float* v, float* u, int64_t num_threads);
+LMTFAST_API lmtfast_status lmtfast_rmatvec(const lmtfast_network* network, int64_t row,
+                                           const lmtfast_tensor* tensors, int64_t n_tensors,
+                                           const float* u, float* v, int64_t num_threads);
+LMTFAST_API lmtfast_status lmtfast_weight_vjp(const lmtfast_network* network, int64_t row,
+                                              const lmtfast_tensor* tensors, int64_t n_tensors,
+                                              const float* u, const float* v,
+                                              const lmtfast_tensor* grads, int64_t num_threads);
+
 /* Runs the tape: values (2) are the bounds of features and logits, jacobian (2, n_rows) their
  * derivatives in the norms. Where an operand of hypot or max ties or vanishes, the derivative is
  * the one PyTorch takes: half to each side of a tie, zero at the origin. */

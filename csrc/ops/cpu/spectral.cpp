@@ -24,15 +24,6 @@ Factor factor(const lmtfast_scale_row& s, const lmtfast_tensor* tensors, int64_t
   return {numerator, root, s.inverse ? root / numerator : numerator / root};
 }
 
-void fill_scales(const lmtfast_network& net, const lmtfast_tensor* tensors, float* scales) {
-  std::vector<double> product(static_cast<size_t>(net.scale_size), 1.0);
-  for (int64_t k = 0; k < net.n_scales; ++k) {
-    const lmtfast_scale_row& s = net.scales[k];
-    for (int64_t i = 0; i < s.length; ++i) product[s.offset + i] *= factor(s, tensors, i).value;
-  }
-  for (int64_t i = 0; i < net.scale_size; ++i) scales[i] = static_cast<float>(product[i]);
-}
-
 // Gradient in the tensors of one factor, given that in its value.
 void factor_vjp(const lmtfast_scale_row& s, const lmtfast_tensor* tensors,
                 const lmtfast_tensor* grads, int64_t i, double grad_value) {
@@ -83,6 +74,15 @@ bool wants_scales(const lmtfast_network& net, const lmtfast_tensor* grads) {
 }
 
 }  // namespace
+
+void fill_scales(const lmtfast_network& net, const lmtfast_tensor* tensors, float* scales) {
+  std::vector<double> product(static_cast<size_t>(net.scale_size), 1.0);
+  for (int64_t k = 0; k < net.n_scales; ++k) {
+    const lmtfast_scale_row& s = net.scales[k];
+    for (int64_t i = 0; i < s.length; ++i) product[s.offset + i] *= factor(s, tensors, i).value;
+  }
+  for (int64_t i = 0; i < net.scale_size; ++i) scales[i] = static_cast<float>(product[i]);
+}
 
 void spectral_step(const lmtfast_network& net, const lmtfast_tensor* tensors, const float* state,
                    float* new_state, float* sigmas, float* saved, int64_t threads) {
