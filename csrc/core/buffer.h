@@ -8,13 +8,16 @@
 
 namespace lmtfast {
 
-// Uninitialised elements on a boundary of cache lines.
+// Uninitialised elements that begin on a cache line. Rounded up here, because aligned allocation is
+// several times slower for the small ones.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
-  ~Buffer() { ::operator delete(data_, kAlignment); }
+      : memory_(::operator new(static_cast<size_t>(size) * sizeof(T) + kLine)),
+        data_(
+            reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + kLine) / kLine * kLine)) {}
+  ~Buffer() { ::operator delete(memory_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
@@ -22,7 +25,8 @@ class Buffer {
   const T* data() const { return data_; }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
+  static constexpr size_t kLine = 64;
+  void* memory_;
   T* data_;
 };
 

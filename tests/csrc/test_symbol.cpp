@@ -226,6 +226,52 @@ void check_abi() {
   }
 }
 
+// A matrix of several tiles, whose first rows are zero: its sums are those of power iteration, and
+// tiny weights give the same ones.
+void check_tiles() {
+  const int64_t channels = 32801, n_rows = 130, zero_rows = 70;
+  lmtfast_op_row row = conv(1, n_rows, channels, 1, 1);
+  lmtfast_network network{};
+  network.rows = &row;
+  network.n_rows = 1;
+  network.state_size = state_entries(row);
+  network.saved_size = saved_entries(row);
+  Floats weights = integers(n_rows * channels, 9, 12);
+  std::fill(weights.begin(), weights.begin() + zero_rows * channels, 0.0f);
+  const Floats state = integers(network.state_size, 50, 13);
+  Floats results[2], sigmas[2], saved(network.saved_size);
+  for (int tiny = 0; tiny < 2; ++tiny) {
+    Floats given = weights;
+    for (float& w : given) w = std::ldexp(w, tiny ? -100 : 0);
+    lmtfast_tensor tensor{given.data(), LMTFAST_FLOAT32, n_rows * channels, 0};
+    results[tiny].resize(network.state_size);
+    sigmas[tiny].resize(1);
+    CHECK(lmtfast_spectral_step(&network, &tensor, 1, state.data(), results[tiny].data(),
+                                sigmas[tiny].data(), saved.data(), 2) == LMTFAST_OK);
+  }
+  CHECK(results[0] == results[1]);
+  CHECK(sigmas[0][0] == std::ldexp(sigmas[1][0], 100));
+  // The first candidate's vector lies behind two points on the circle.
+  std::vector<double> want(2 * channels, 0.0);
+  for (int64_t r = zero_rows; r < n_rows; ++r) {
+    double image[2] = {};
+    for (int64_t i = 0; i < 2 * channels; ++i) {
+      image[i % 2] += static_cast<double>(weights[r * channels + i / 2]) * state[4 + i];
+    }
+    for (int64_t i = 0; i < 2 * channels; ++i) {
+      want[i] += image[i % 2] * static_cast<double>(weights[r * channels + i / 2]);
+    }
+  }
+  double length = 0.0, error = 0.0;
+  for (const double v : want) length += v * v;
+  length = std::sqrt(length);
+  for (int64_t i = 0; i < 2 * channels; ++i) {
+    error += std::pow(want[i] / length - static_cast<double>(results[0][4 + i]), 2);
+  }
+  CHECK(length > 0.0);
+  CHECK_NEAR(std::sqrt(error), 0.0, 1e-6);
+}
+
 void check_refusals() {
   Problem p;
   p.rows[0].identity = 1.0;
@@ -254,6 +300,7 @@ int main() {
     check_outer(isa);
   }
   check_abi();
+  check_tiles();
   check_refusals();
   return check::report();
 }

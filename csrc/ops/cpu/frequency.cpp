@@ -3,7 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numbers>
+
+#include "core/dispatch.h"
+#include "core/vector_math.h"
 
 namespace lmtfast::cpu {
 namespace {
@@ -36,11 +40,20 @@ struct Axis {
 };
 
 // sum += a (re + i im)
-inline void add_product(const Complex& a, double re, double im, Complex& sum) {
+LMTFAST_INLINE void add_product(const Complex& a, double re, double im, Complex& sum) {
   for (int f = 0; f < kCandidates; ++f) {
     sum.re[f] += a.re[f] * re - a.im[f] * im;
     sum.im[f] += a.re[f] * im + a.im[f] * re;
   }
+}
+
+LMTFAST_INLINE Complex product(const Complex& a, const Complex& b) {
+  Complex c;
+  for (int f = 0; f < kCandidates; ++f) {
+    c.re[f] = a.re[f] * b.re[f] - a.im[f] * b.im[f];
+    c.im[f] = a.re[f] * b.im[f] + a.im[f] * b.re[f];
+  }
+  return c;
 }
 
 // m^-1 = adjugate / determinant, for n = 1, 2, 3.
@@ -67,6 +80,105 @@ void determinant_adjugate(const double (&m)[kAxes][kAxes], int64_t n,
   }
 }
 
+// A grid of frequencies: per axis (kernel, points) tables of exp(-i w offset).
+struct Grid {
+  const int64_t *kernel, *points;
+  const double *cosine[kAxes], *sine[kAxes];
+};
+
+// A number of each candidate, in one register where there are vector types.
+#if defined(__GNUC__) || defined(__clang__)
+typedef double Numbers __attribute__((vector_size(8 * kCandidates)));
+LMTFAST_INLINE double number(const Numbers& x, int f) { return x[f]; }
+#else
+struct Numbers {
+  double of[kCandidates];
+  Numbers& operator+=(const Numbers& b) {
+    for (int f = 0; f < kCandidates; ++f) of[f] += b.of[f];
+    return *this;
+  }
+  Numbers operator*(double b) const {
+    Numbers c = *this;
+    for (double& v : c.of) v *= b;
+    return c;
+  }
+};
+LMTFAST_INLINE double number(const Numbers& x, int f) { return x.of[f]; }
+#endif
+
+// The same as add_product, in registers.
+struct Sum {
+  Numbers re, im;
+};
+static_assert(sizeof(Sum) == sizeof(Complex));
+
+LMTFAST_INLINE void add_product(const Complex& a, double re, double im, Sum& sum) {
+  Numbers ar, ai;
+  std::memcpy(&ar, a.re, sizeof(ar));
+  std::memcpy(&ai, a.im, sizeof(ai));
+  sum.re += ar * re;
+  sum.re += ai * -im;
+  sum.im += ar * im;
+  sum.im += ai * re;
+}
+
+// The largest |response|^2 of the grid and where it is. The grid is a product, so axis by axis; work
+// holds a plane of taps and a line of them.
+LMTFAST_INLINE void scan_body(const Grid& grid, const Complex* response, Complex* plane,
+                              double* peak, int64_t* index) {
+  const int64_t *kernel = grid.kernel, *points = grid.points, inner = kernel[1] * kernel[2];
+  Complex* line = plane + inner;
+  std::fill(peak, peak + kCandidates, -1.0);
+  std::fill(index, index + kCandidates, 0);
+  int64_t here = 0;
+  for (int64_t i = 0; i < points[0]; ++i) {
+    for (int64_t n = 0; n < inner; ++n) {
+      Sum sum{};
+      for (int64_t t = 0; t < kernel[0]; ++t) {
+        const int64_t at = t * points[0] + i;
+        add_product(response[t * inner + n], grid.cosine[0][at], grid.sine[0][at], sum);
+      }
+      std::memcpy(&plane[n], &sum, sizeof(sum));
+    }
+    for (int64_t j = 0; j < points[1]; ++j) {
+      for (int64_t n = 0; n < kernel[2]; ++n) {
+        Sum sum{};
+        for (int64_t t = 0; t < kernel[1]; ++t) {
+          const int64_t at = t * points[1] + j;
+          add_product(plane[t * kernel[2] + n], grid.cosine[1][at], grid.sine[1][at], sum);
+        }
+        std::memcpy(&line[n], &sum, sizeof(sum));
+      }
+      for (int64_t k = 0; k < points[2]; ++k, ++here) {
+        Sum sum{};
+        for (int64_t t = 0; t < kernel[2]; ++t) {
+          const int64_t at = t * points[2] + k;
+          add_product(line[t], grid.cosine[2][at], grid.sine[2][at], sum);
+        }
+        for (int f = 0; f < kCandidates; ++f) {
+          const double re = number(sum.re, f), im = number(sum.im, f);
+          if (re * re + im * im > peak[f]) {
+            peak[f] = re * re + im * im;
+            index[f] = here;
+          }
+        }
+      }
+    }
+  }
+}
+
+void scan_baseline(const Grid& grid, const Complex* response, Complex* work, double* peak,
+                   int64_t* index) {
+  scan_body(grid, response, work, peak, index);
+}
+
+#if LMTFAST_X86_CLONES
+__attribute__((target("avx2,fma"))) void scan_avx2(const Grid& grid, const Complex* response,
+                                                   Complex* work, double* peak, int64_t* index) {
+  scan_body(grid, response, work, peak, index);
+}
+#endif
+
 }  // namespace
 
 Spectrum::Spectrum(const lmtfast_op_row& row) : axes_(row.axes) {
@@ -80,6 +192,7 @@ Spectrum::Spectrum(const lmtfast_op_row& row) : axes_(row.axes) {
   for (int axis = 0; axis < kAxes; ++axis) {
     const Axis a(row, axis);
     for (int64_t tap = 0; tap < kernel_[axis]; ++tap) {
+      along_[axis].push_back(a.offset(tap));
       for (int64_t point = 0; point < grid_[axis]; ++point) {
         const double angle = -kTurn * static_cast<double>(point) /
                              static_cast<double>(grid_[axis]) * static_cast<double>(a.offset(tap));
@@ -104,14 +217,38 @@ Spectrum::Spectrum(const lmtfast_op_row& row) : axes_(row.axes) {
   }
 }
 
+// Products of powers: two sines and cosines per axis instead of one per tap.
 void Spectrum::terms(const Frequencies& w, Complex* terms) const {
-  for (int64_t t = 0; t < taps(); ++t) {
+  const auto power = [](double angle, Complex& e, int f) {
+    e.re[f] = std::cos(angle);
+    e.im[f] = -std::sin(angle);
+  };
+  Complex one{};
+  std::fill(one.re, one.re + kCandidates, 1.0);
+  terms[0] = one;
+  int64_t n = 1;
+  std::vector<Complex> factors;
+  for (int64_t a = 0; a < axes_; ++a) {
+    const std::vector<int64_t>& offsets = along_[a + kAxes - axes_];
+    Complex step, factor;
     for (int f = 0; f < kCandidates; ++f) {
-      double angle = 0.0;
-      for (int64_t a = 0; a < axes_; ++a) angle -= w[a][f] * offset_[t * axes_ + a];
-      terms[t].re[f] = std::cos(angle);
-      terms[t].im[f] = std::sin(angle);
+      power(w[a][f], step, f);
+      power(w[a][f] * static_cast<double>(offsets.front()), factor, f);
     }
+    factors.clear();
+    for (size_t t = 0; t < offsets.size(); ++t) {
+      for (int64_t turn = t > 0 ? offsets[t - 1] : offsets[t]; turn < offsets[t]; ++turn) {
+        factor = product(factor, step);
+      }
+      factors.push_back(factor);
+    }
+    // From the end, so that what is still needed is not overwritten.
+    const auto width = static_cast<int64_t>(factors.size());
+    for (int64_t t = n - 1; t >= 0; --t) {
+      const Complex before = terms[t];
+      for (int64_t k = width - 1; k >= 0; --k) terms[t * width + k] = product(before, factors[k]);
+    }
+    n *= width;
   }
 }
 
@@ -137,10 +274,7 @@ void Spectrum::improve(Complex* response, Frequencies& w) const {
   std::vector<Complex> factors(static_cast<size_t>(taps()));
   terms(w, factors.data());
   for (int64_t t = 0; t < taps(); ++t) {
-    for (int f = 0; f < kCandidates; ++f) {
-      value.re[f] += response[t].re[f] * factors[t].re[f] - response[t].im[f] * factors[t].im[f];
-      value.im[f] += response[t].re[f] * factors[t].im[f] + response[t].im[f] * factors[t].re[f];
-    }
+    add_product(product(response[t], factors[t]), 1.0, 0.0, value);
   }
   for (int f = 0; f < kCandidates; ++f) {
     if (!(peak[f] > value.re[f] * value.re[f] + value.im[f] * value.im[f])) continue;
@@ -154,41 +288,17 @@ void Spectrum::improve(Complex* response, Frequencies& w) const {
   newton(response, w);
 }
 
-// The largest |response|^2 of the grid, a product: one small table per axis evaluates it.
 void Spectrum::best_of_grid(const Complex* response, double* peak, int64_t* index) const {
-  std::fill(peak, peak + kCandidates, -1.0);
-  std::fill(index, index + kCandidates, 0);
-  const int64_t inner = kernel_[1] * kernel_[2];
-  std::vector<Complex> plane(static_cast<size_t>(inner)), line(static_cast<size_t>(kernel_[2]));
-  for (int64_t i = 0; i < grid_[0]; ++i) {
-    std::fill(plane.begin(), plane.end(), Complex{});
-    for (int64_t t = 0; t < kernel_[0]; ++t) {
-      const double re = cosine_[0][t * grid_[0] + i], im = sine_[0][t * grid_[0] + i];
-      for (int64_t n = 0; n < inner; ++n) add_product(response[t * inner + n], re, im, plane[n]);
-    }
-    for (int64_t j = 0; j < grid_[1]; ++j) {
-      std::fill(line.begin(), line.end(), Complex{});
-      for (int64_t t = 0; t < kernel_[1]; ++t) {
-        const double re = cosine_[1][t * grid_[1] + j], im = sine_[1][t * grid_[1] + j];
-        for (int64_t n = 0; n < kernel_[2]; ++n) {
-          add_product(plane[t * kernel_[2] + n], re, im, line[n]);
-        }
-      }
-      for (int64_t k = 0; k < grid_[2]; ++k) {
-        Complex value{};
-        for (int64_t t = 0; t < kernel_[2]; ++t) {
-          add_product(line[t], cosine_[2][t * grid_[2] + k], sine_[2][t * grid_[2] + k], value);
-        }
-        for (int f = 0; f < kCandidates; ++f) {
-          const double square = value.re[f] * value.re[f] + value.im[f] * value.im[f];
-          if (square > peak[f]) {
-            peak[f] = square;
-            index[f] = (i * grid_[1] + j) * grid_[2] + k;
-          }
-        }
-      }
-    }
+  std::vector<Complex> work(static_cast<size_t>(kernel_[1] * kernel_[2] + kernel_[2]));
+  Grid grid{kernel_, grid_, {}, {}};
+  for (int axis = 0; axis < kAxes; ++axis) {
+    grid.cosine[axis] = cosine_[axis].data();
+    grid.sine[axis] = sine_[axis].data();
   }
+#if LMTFAST_X86_CLONES
+  if (best_isa() != Isa::kBaseline) return scan_avx2(grid, response, work.data(), peak, index);
+#endif
+  scan_baseline(grid, response, work.data(), peak, index);
 }
 
 // f = |g|^2 of one candidate, its gradient and Hessian, where g is the sum over taps.
@@ -203,13 +313,7 @@ Spectrum::Moments Spectrum::moments(const Complex* response, const Frequencies& 
   std::vector<Complex> factors(static_cast<size_t>(taps()));
   terms(w, factors.data());
   for (int64_t t = 0; t < taps(); ++t) {
-    Complex term;
-    for (int f = 0; f < kCandidates; ++f) {
-      const double qr = response[t].re[f], qi = response[t].im[f];
-      const double er = factors[t].re[f], ei = factors[t].im[f];
-      term.re[f] = qr * er - qi * ei;
-      term.im[f] = qr * ei + qi * er;
-    }
+    const Complex term = product(response[t], factors[t]);
     add_product(term, 1.0, 0.0, g);
     for (int64_t a = 0; a < axes_; ++a) {
       const double tau = offset_[t * axes_ + a];

@@ -50,6 +50,7 @@ class Spectrum {
   int64_t grid_[LMTFAST_OP_ROW_AXES];  // points per axis
   std::vector<int64_t> phase_;
   std::vector<double> offset_;                       // (taps, axes)
+  std::vector<int64_t> along_[LMTFAST_OP_ROW_AXES];  // (kernel): offsets of one axis
   std::vector<double> cosine_[LMTFAST_OP_ROW_AXES];  // (kernel, grid) of -2 pi offset point / grid
   std::vector<double> sine_[LMTFAST_OP_ROW_AXES];
 };

@@ -27,7 +27,10 @@ constexpr double kRoots[] = {1.0, 1.6180339887498949, 1.3247179572447461, 1.2207
 // are as long as eight rows, are a small part of what it reads.
 constexpr int64_t kTileWeights = 1 << 21;
 constexpr int64_t kLeastTileRows = 64;
+// Work that pays for waking a thread, and what a group takes besides its weights.
 constexpr int64_t kWeightsPerThread = 1 << 14;
+constexpr int64_t kWeightsPerGroup = 1 << 13;
+
 void norms(const SymbolRun& run, SymbolPart& part) {
   double squares[kCandidates] = {}, y[kPanelColumns];
   for (int64_t r = 0; r < run.ops[part.op].row->rows; ++r) {
@@ -41,19 +44,25 @@ void norms(const SymbolRun& run, SymbolPart& part) {
 void reduce(SymbolRun& run, const SymbolPart& part) {
   SymbolTile& total = run.tiles[part.first_tile];
   int top[kCandidates];
-  std::copy_n(total.exponent, kCandidates, top);
-  for (int64_t i = part.first_tile; i < part.end_tile; ++i) {
-    for (int f = 0; f < kCandidates; ++f) top[f] = std::max(top[f], run.tiles[i].exponent[f]);
+  for (int f = 0; f < kCandidates; ++f) {
+    top[f] = kUnset;
+    for (int64_t i = part.first_tile; i < part.end_tile; ++i) {
+      top[f] = std::max(top[f], run.tiles[i].exponent[f]);
+    }
+    if (top[f] == kUnset) top[f] = 0;
   }
-  if (part.end_tile == part.first_tile + 1) return;
   for (int64_t i = part.first_tile; i < part.end_tile; ++i) {
     const SymbolTile& tile = run.tiles[i];
     float factors[kCandidates];
     for (int f = 0; f < kCandidates; ++f) {
-      factors[f] = static_cast<float>(std::ldexp(1.0, tile.exponent[f] - top[f]));
+      // Without a power of two the sums are zero, or not finite.
+      const int down = tile.exponent[f] == kUnset ? 0 : tile.exponent[f] - top[f];
+      factors[f] = static_cast<float>(std::ldexp(1.0, down));
     }
-    panel_kernels(best_isa())
-        .add(tile.sums, run.ops[part.op].blocks, factors, &tile == &total, total.sums);
+    if (part.end_tile - part.first_tile > 1) {
+      panel_kernels(best_isa())
+          .add(tile.sums, run.ops[part.op].blocks, factors, &tile == &total, total.sums);
+    }
   }
   std::copy_n(top, kCandidates, total.exponent);
 }
@@ -314,7 +323,8 @@ void symbol_step(const SpectralStep& call) {
   // it while its sums are in the cache.
   std::vector<std::once_flag> prepared(run.parts.size());
   std::vector<std::atomic<int64_t>> passed(run.parts.size()), advanced(run.ops.size());
-  const int64_t threads = choose_threads(call.threads, weights, kWeightsPerThread);
+  const int64_t work = weights + kWeightsPerGroup * static_cast<int64_t>(run.parts.size());
+  const int64_t threads = choose_threads(call.threads, work, kWeightsPerThread);
   parallel_for(static_cast<int64_t>(order.size()), threads, [&](int64_t i) {
     SymbolTile& tile = run.tiles[order[i]];
     SymbolPart& part = run.parts[tile.part];

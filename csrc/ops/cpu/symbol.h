@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "ops/cpu/frequency.h"
@@ -62,7 +63,9 @@ struct SymbolSavedAt {
 };
 using SymbolSaved = SymbolSavedAt<float>;
 
-// Rows [begin, end) of a group. The sums over them are scaled by 2^-exponent, per candidate.
+// Rows [begin, end) of a group. The sums over them are scaled by 2^-exponent, per candidate; it is
+// unset where all of the candidate's images are zero or not finite.
+constexpr int kUnset = std::numeric_limits<int>::min();
 struct SymbolTile {
   int64_t part, begin, end;
   int exponent[kCandidates];

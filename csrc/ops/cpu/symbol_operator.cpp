@@ -5,6 +5,7 @@
 #include "ops/cpu/symbol.h"
 
 namespace lmtfast::cpu {
+
 SymbolOperator::SymbolOperator(const lmtfast_network& network, const lmtfast_tensor* tensors,
                                const float* scales, int64_t which)
     : row(&network.rows[which]),

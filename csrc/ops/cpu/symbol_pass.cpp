@@ -2,7 +2,6 @@
 // The symbol engine before and during the pass over the weights.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "core/buffer.h"
 #include "ops/cpu/symbol.h"
@@ -14,7 +13,6 @@ namespace {
 constexpr int64_t kCachedBytes = 288 << 10;
 // A tile's sums are rescaled when the images outgrow their power of two by this many bits.
 constexpr int kHeadroom = 4;
-constexpr int kUnset = std::numeric_limits<int>::min();
 
 // Coefficients of the adjoint, diag(row scale) y over the tile's power of two. Where the images
 // outgrow that, the sums so far are brought to the new one.
@@ -146,7 +144,6 @@ void pass(const SymbolRun& run, SymbolTile& tile) {
     kernels.multiply_adjoint(weights, coefficients, fresh, tile.sums);
     tail_kernels.multiply_adjoint(end, coefficients, fresh, tile.sums + whole * kPanelBlock);
   }
-  for (int& exponent : tile.exponent) exponent = exponent == kUnset ? 0 : exponent;
 }
 
 }  // namespace lmtfast::cpu
