@@ -20,8 +20,9 @@ class Tolerance:
     gradients: float
 
 
-# Float32 on the CPU; TensorFloat-32 and bfloat16 operands are allowed on a GPU.
-TOLERANCE = {"cpu": Tolerance(1e-4, 1e-3), "cuda": Tolerance(2e-3, 1e-2)}
+# Float32 on the CPU, where torch's grouped convolutions reach 1e-4; TensorFloat-32 and bfloat16
+# operands are allowed on a GPU.
+TOLERANCE = {"cpu": Tolerance(5e-4, 1e-3), "cuda": Tolerance(2e-3, 1e-2)}
 
 
 @dataclass(frozen=True)

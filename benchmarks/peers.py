@@ -238,9 +238,17 @@ class LiResNet(Peer):
 
 
 class LiResNetOnce(LiResNet):
-    """:class:`LiResNet` with one iteration per step."""
+    """:class:`LiResNet` with one iteration per step, from iterates that a few steps have warmed.
+
+    Ones are close to the null space of some layers, where float32 keeps few digits of an image.
+    """
 
     n_iter = 1
+
+    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+        super().__init__(model, layers)
+        for _ in range(3):
+            self.forward()
 
 
 class CompiledLiResNet(LiResNet):
