@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import memory, peers, readme_table, run
-from benchmarks.cases import CASES, PLAIN, work
+from benchmarks.cases import CASES, PLAIN, memory_limit, work
 from benchmarks.gate import TOLERANCE, judge
 from benchmarks.machine import Ceilings, header
 from benchmarks.networks import NETWORKS, build_network, layers_of
@@ -300,6 +300,21 @@ def test_memory_is_measured_in_another_process():
     problem = LossProblem("64 x 200 x 256", CPU)
     extra = memory.measure_in_subprocess("64 x 200 x 256", "plain, (N, K, D) differences")
     assert extra >= 4 * problem.n * problem.k * problem.d
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "256 x 10 x 2048",
+        "256 x 1000 x 2048",
+        pytest.param("1024 x 32768 x 2048", marks=pytest.mark.slow),
+    ],
+)
+def test_a_margin_loss_stays_within_its_memory(shape):
+    """Forward and backward take at most four times the bytes of the logits, the head's gradient
+    and the distances between the classes that occur."""
+    limit = memory_limit(LossProblem(shape, CPU))
+    assert memory.measure_in_subprocess(shape, "lmtfast (native)") <= limit
 
 
 def test_cases_name_what_exists():
