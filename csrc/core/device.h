@@ -31,6 +31,15 @@
   type* name = reinterpret_cast<type*>(lmtfast_dynamic_shared)
 #endif
 
+// Before an access that the hardware does in one piece: a fault of the emulation where the address is
+// no multiple of `bytes`, as it would be of the device.
+#if defined(LMTFAST_CUDA_EMULATION)
+#define LMTFAST_ALIGNED(pointer, bytes) \
+  ::lmtfast::emulation::require_aligned(pointer, bytes, __FILE__, __LINE__)
+#else
+#define LMTFAST_ALIGNED(pointer, bytes) static_cast<void>(0)
+#endif
+
 // LMTFAST_LAUNCH((kernel<T, 4>), grid, block, shared_bytes, stream, arguments...): the only way
 // kernels are started. A grid of no blocks is no work.
 #define LMTFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

@@ -12,11 +12,14 @@
 #define LMTFAST_HD inline
 #endif
 
-// Before a loop whose arrays must stay in registers, on a device.
+// On a device: before a loop whose arrays must stay in registers, and before one whose body is large
+// enough as it is.
 #if defined(__CUDA_ARCH__)
 #define LMTFAST_UNROLL _Pragma("unroll")
+#define LMTFAST_ROLL _Pragma("unroll 1")
 #else
 #define LMTFAST_UNROLL
+#define LMTFAST_ROLL
 #endif
 
 namespace lmtfast::cuda {
@@ -63,6 +66,15 @@ LMTFAST_HD void sine_cosine(double angle, double& sine, double& cosine) {
 #else
   sine = std::sin(angle);
   cosine = std::cos(angle);
+#endif
+}
+// The same for an angle in turns.
+LMTFAST_HD void sine_cosine_of_turns(float turns, float& sine, float& cosine) {
+#if defined(__CUDA_ARCH__)
+  sincospif(2.0f * turns, &sine, &cosine);
+#else
+  sine = std::sin(6.2831853f * turns);
+  cosine = std::cos(6.2831853f * turns);
 #endif
 }
 

@@ -23,12 +23,6 @@ constexpr unsigned char kGuard = 0xA5;
 
 enum class State { kReady, kAtBarrier, kAtWarp, kFinished };
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-};
-
 struct Where {
   const char* file = "";
   int line = 0;
@@ -47,8 +41,6 @@ struct Fiber {
   // Two payloads in turn: a lane may already bring its next one while another still reads.
   unsigned turn = 0;
   unsigned char payload[2][kPayloadBytes];
-  std::vector<std::vector<Copy>> groups;
-  std::vector<Copy> open;
 };
 
 class Machine {
@@ -188,8 +180,6 @@ void Machine::run_block(int threads) {
     Fiber& fiber = fibers_[i];
     fiber.state = State::kReady;
     fiber.turn = 0;
-    fiber.groups.clear();
-    fiber.open.clear();
   }
   order_.resize(static_cast<size_t>(threads));
   std::iota(order_.begin(), order_.end(), 0);
@@ -303,24 +293,5 @@ void* dynamic_shared() {
 }
 
 uint64_t block_serial() { return machine().serial; }
-
-void copy_later(void* to, const void* from, size_t bytes) {
-  machine().self().open.push_back({to, from, bytes});
-}
-
-void commit_copies() {
-  Fiber& me = machine().self();
-  me.groups.push_back(std::move(me.open));
-  me.open.clear();
-}
-
-void wait_copies(int pending) {
-  auto& groups = machine().self().groups;
-  const auto done = groups.size() - std::min(groups.size(), static_cast<size_t>(pending));
-  for (size_t i = 0; i < done; ++i) {
-    for (const Copy& copy : groups[i]) std::memcpy(copy.to, copy.from, copy.bytes);
-  }
-  groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(done));
-}
 
 }  // namespace lmtfast::emulation

@@ -6,8 +6,7 @@
 // hang or is undefined: a barrier that some threads pass and others do not, at different lines, or
 // after a thread has returned; a warp instruction that some lanes skip (masks must be full); a
 // misaligned vector access; a write past the dynamic shared memory.
-// Shared memory starts each block as 0xFF bytes (NaN), so a value nobody wrote shows, and
-// asynchronous copies land when they are waited for, not before. With a seed, blocks and, between
+// Shared memory starts each block as 0xFF bytes (NaN), so a value nobody wrote shows. With a seed, blocks and, between
 // two barriers, threads run in a random order: a missing barrier or a dependence between blocks
 // changes the result. Not modelled: memory ordering within one warp instruction, caches, time.
 #pragma once
@@ -91,11 +90,6 @@ int lane();
 void* dynamic_shared();
 // Number of the block that runs, counted over all launches.
 uint64_t block_serial();
-
-void copy_later(void* to, const void* from, size_t bytes);
-void commit_copies();
-// Completes all but the `pending` newest groups of this thread.
-void wait_copies(int pending);
 
 inline void require_aligned(const void* pointer, size_t bytes, const char* file, int line) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fault("misaligned access", file, line);

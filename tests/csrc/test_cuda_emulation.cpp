@@ -117,6 +117,11 @@ __global__ void write_past_the_end(int* out) {
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
+template <bool kRepaired>
+__global__ void misaligned_access(const float* in) {
+  LMTFAST_ALIGNED(in + (kRepaired ? 0 : 1), 16);
+}
+
 template <template <bool> class Kernel, class... Arguments>
 void check_pair(const char* part, size_t shared_bytes, Arguments... arguments) {
   CHECK(fault_of([&] {
@@ -139,6 +144,7 @@ KERNEL(two_barriers);
 KERNEL(shuffle_in_a_branch);
 KERNEL(partial_mask);
 KERNEL(write_past_the_end);
+KERNEL(misaligned_access);
 
 void test_faults() {
   std::vector<int> out(64);
@@ -152,6 +158,8 @@ void test_faults() {
     check_pair<write_past_the_end_kernel>("past the dynamic shared memory", 64 * sizeof(int),
                                           out.data());
   }
+  alignas(16) const float values[8] = {};
+  check_pair<misaligned_access_kernel>("misaligned access", 0, static_cast<const float*>(values));
   lmtfast::emulation::set_order(0);
   const auto empty = [] { LMTFAST_LAUNCH(barrier_in_a_branch<true>, 1, 48, 0, nullptr); };
   CHECK(says(fault_of(empty), "whole warps"));

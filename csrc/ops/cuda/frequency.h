@@ -21,8 +21,8 @@ struct Grid {
   LMTFAST_HD int32_t points() const { return size[0] * size[1] * size[2]; }
 };
 
-// Unused axes have one point.
-LMTFAST_HD Grid grid_of(const Stencil& s) {
+// Unused axes have one point. Runs on the host, once per plan.
+inline Grid grid_of(const Stencil& s) {
   Grid grid;
   int64_t points = 1;
   for (int a = 0; a < kAxes; ++a) {

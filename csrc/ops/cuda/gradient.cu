@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const Item item = v.items[blockIdx.x];
   const OpRow& row = v.rows[item.op];
   const OpWork& work = v.work[item.op];
-  const Stencil s = stencil_of(row);
+  const Stencil& s = v.work[item.op].stencil;
   const bool tap_major = has_bit(tensors.word[row.weight_slot], kTapMajorBit);
   const int32_t row_tiles = tiles_of(s.rows), column_tiles = tiles_of(s.columns);
   const int64_t group = item.group;
@@ -183,7 +183,7 @@ __device__ FactorSlopes slopes_at(const View& v, int64_t k, int64_t i) {
 
 // One block per tensor of scales: factors that read it, in the order of the table.
 template <int kCapacity>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     scales_kernel(View v, const __grid_constant__ Words<kCapacity> tensors,
                   const __grid_constant__ Words<kCapacity> grads) {
   const int32_t slot = v.items[blockIdx.x].op;
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 // The separable image as its gradient reads it: mixed by the overlap of the shifted patterns.
-__global__ void __launch_bounds__(kBlockThreads) gradient_grid_kernel(View v) {
+__global__ void __launch_bounds__(kBlockThreads, 1) gradient_grid_kernel(View v) {
   const Item item = v.items[blockIdx.x];
   const OpRow& row = v.rows[item.op];
   const float* saved = v.saved + row.saved_offset;

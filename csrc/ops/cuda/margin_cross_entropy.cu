@@ -34,8 +34,8 @@ __device__ RowSource<T, kKept> source_of(const MarginProblem<T>& p, int64_t i, C
 // kKept: logits and additions of a row stay in shared memory, 2 k values per team, so that the
 // passes over a row read global memory once.
 template <class T, bool kBlock, bool kKept>
-__global__ void forward_kernel(MarginProblem<T> p, Compute<T>* loss, Compute<T>* dlogits,
-                               Compute<T>* scale) {
+__global__ void __launch_bounds__(4 * kThreads, 1)
+    forward_kernel(MarginProblem<T> p, Compute<T>* loss, Compute<T>* dlogits, Compute<T>* scale) {
   using C = Compute<T>;
   using Crew = Team<kBlock>;
   LMTFAST_DYNAMIC_SHARED(C, shared);
@@ -144,7 +144,8 @@ __device__ void list_samples(const MarginProblem<T>& p, const Gradients<T>& out,
 
 // The first `row_blocks` blocks take samples, the others rows of the table.
 template <class T, bool kBlock>
-__global__ void backward_kernel(MarginProblem<T> p, Gradients<T> out, unsigned row_blocks) {
+__global__ void __launch_bounds__(4 * kThreads, 1)
+    backward_kernel(MarginProblem<T> p, Gradients<T> out, unsigned row_blocks) {
   if (blockIdx.x < row_blocks) {
     using Crew = Team<kBlock>;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * Crew::per_block() + Crew::number();

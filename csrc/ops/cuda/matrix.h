@@ -48,7 +48,7 @@ __device__ inline void prepare_matrix(const View& v, const Op& op) {
   }
 }
 
-// The last block: the new iterate, saved as v, and sigma = ||A^T u||.
+// The new iterate, saved as v, and sigma = ||A^T u||.
 __device__ inline void finish_matrix(const View& v, const Op& op, int32_t index) {
   const DenseStep y(v, op);
   const Stencil& s = op.s;

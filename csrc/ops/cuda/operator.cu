@@ -13,7 +13,7 @@ namespace {
 struct Ends {
   const float* input;
   float* output;
-  double input_norm;
+  float factor;  // makes the input a unit vector
 };
 
 // Sums of squares of this block, for the launch that follows.
@@ -25,10 +25,9 @@ __device__ void write_sum(double* sums, int64_t index, double square) {
 __device__ double image_tile(const Op& op, const Ends& ends, int32_t tile) {
   const int32_t tiles = tiles_of(op.s.outputs);
   const int32_t row0 = tile / tiles * kTileSide, column0 = tile % tiles * kTileSide;
-  const float factor = inverse_or_one(ends.input_norm);
   const TapDepth depth(op.s.channels, op.s.taps);
   const int64_t first = static_cast<int64_t>(op.group) * op.s.channels * op.s.inputs;
-  const Planes plain{ends.input + first, op.s.channels, op.s.inputs, nullptr, factor};
+  const Planes plain{ends.input + first, op.s.channels, op.s.inputs, nullptr, ends.factor};
   Planes scaled = plain;
   scaled.scale = op.column_scale;
   TileSum sum;
@@ -55,10 +54,9 @@ __device__ double image_tile(const Op& op, const Ends& ends, int32_t tile) {
 __device__ double adjoint_tile(const Op& op, const Ends& ends, int32_t tile) {
   const int32_t tiles = tiles_of(op.s.inputs);
   const int32_t row0 = tile / tiles * kTileSide, column0 = tile % tiles * kTileSide;
-  const float factor = inverse_or_one(ends.input_norm);
   const TapDepth depth(op.s.rows, op.s.taps);
   const int64_t first = static_cast<int64_t>(op.group) * op.s.rows * op.s.outputs;
-  const Planes plain{ends.input + first, op.s.rows, op.s.outputs, nullptr, factor};
+  const Planes plain{ends.input + first, op.s.rows, op.s.outputs, nullptr, ends.factor};
   Planes scaled = plain;
   scaled.scale = op.row_scale;
   TileSum sum;
@@ -84,25 +82,25 @@ __device__ double adjoint_tile(const Op& op, const Ends& ends, int32_t tile) {
   return square;
 }
 
-// kSecond false: u = A v into the saved vectors; true: A^T u into the new iterate.
-template <bool kSecond>
-__global__ void __launch_bounds__(kBlockThreads) stencil_kernel(View v) {
+// A launch of images and one of adjoints: a transposed convolution has them the other way round.
+template <bool kAdjoint>
+__global__ void __launch_bounds__(kBlockThreads) stencil_kernel(View v, bool second) {
   const Item item = v.items[blockIdx.x];
   const Op op(v, item.op, item.group);
+  const OpWork& w = op.work;
   Ends ends;
-  if (kSecond) {
+  if (second) {
     ends.input = v.saved + op.row.saved_offset;
     ends.output = v.new_state + op.row.state_offset;
-    ends.input_norm = std::sqrt(block_sum_of(v.doubles + op.work.image_sums, op.work.images));
+    ends.factor = inverse_or_one(std::sqrt(block_sum_of(v.doubles + w.image_sums, w.images)));
   } else {
     ends.input = v.state + op.row.state_offset;
     ends.output = v.saved + op.row.saved_offset;
-    ends.input_norm = std::sqrt(block_sum_of(v.doubles + op.work.input_sums, op.work.inputs));
+    ends.factor = inverse_or_one(std::sqrt(block_sum_of(v.doubles + w.input_sums, w.inputs)));
   }
-  // A transposed convolution is the adjoint of its stencil.
-  const double square = kSecond != op.s.transposed ? adjoint_tile(op, ends, item.tile)
-                                                   : image_tile(op, ends, item.tile);
-  write_sum(v.doubles + (kSecond ? op.work.back_sums : op.work.image_sums),
+  const double square =
+      kAdjoint ? adjoint_tile(op, ends, item.tile) : image_tile(op, ends, item.tile);
+  write_sum(v.doubles + (second ? w.back_sums : w.image_sums),
             static_cast<int64_t>(item.group) * item.tiles + item.tile, square);
 }
 
@@ -140,9 +138,9 @@ __global__ void __launch_bounds__(kBlockThreads) finish_kernel(View v) {
 
 }  // namespace
 
-void launch_stencil(const View& view, bool second, unsigned blocks, Stream stream) {
-  const auto kernel = second ? stencil_kernel<true> : stencil_kernel<false>;
-  LMTFAST_LAUNCH(kernel, blocks, kBlockThreads, 0, stream, view);
+void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream) {
+  const auto kernel = adjoint ? stencil_kernel<true> : stencil_kernel<false>;
+  LMTFAST_LAUNCH(kernel, blocks, kBlockThreads, 0, stream, view, second);
 }
 
 void launch_finish(const View& view, unsigned blocks, Stream stream) {

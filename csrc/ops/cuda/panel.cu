@@ -11,6 +11,10 @@
 namespace lmtfast::cuda {
 namespace {
 
+// Blocks of the adjoint that a multiprocessor holds at once: enough loads in flight for its share of
+// the memory's bandwidth.
+constexpr int kBackBlocks = 4;
+
 __device__ Method method_of(const Op& op) { return static_cast<Method>(op.work.method); }
 
 // A warp's share of the image: panel_image of rows first.. with `left` of them, for one tap or all.
@@ -91,7 +95,7 @@ __global__ void __launch_bounds__(kBlockThreads) image_kernel(View v) {
 
 template <bool kPerTap>
 __device__ PanelRow back_column(const Op& op, int32_t column, int32_t part, const float* panel,
-                                const float (&factor)[kPanel]) {
+                                const float* factor) {
   if (has_bit(op.weight, kBfloat16Bit)) {
     return panel_adjoint<bfloat16, kPerTap>(
         address_of<const bfloat16>(op.weight) + op.first_weight(), op, column, part, panel, factor);
@@ -100,23 +104,18 @@ __device__ PanelRow back_column(const Op& op, int32_t column, int32_t part, cons
                                        column, part, panel, factor);
 }
 
-// Factors that make the image's columns unit vectors; the separable image needs none.
-__device__ void unit_factors(const View& v, const Op& op, float (&factor)[kPanel]) {
+// What makes column c of the image a unit vector; the separable image needs nothing.
+__device__ float unit_factor(const View& v, const Op& op, int c) {
   const Method method = method_of(op);
-  LMTFAST_UNROLL
-  for (int f = 0; f < kCandidates; ++f) {
-    float inverse = method == Method::kMatrix ? 0.0f : 1.0f;
-    if (method == Method::kSymbol) inverse = inverse_or_one(Symbol(v, op).length(f));
-    if (method == Method::kMatrix && f == 0) inverse = inverse_or_one(DenseStep(v, op).length());
-    factor[2 * f] = inverse;
-    factor[2 * f + 1] = method == Method::kMatrix ? 0.0f : inverse;
-  }
+  if (method == Method::kSeparable) return 1.0f;
+  if (method == Method::kSymbol) return inverse_or_one(Symbol(v, op).length(c / 2));
+  return c == 0 ? inverse_or_one(DenseStep(v, op).length()) : 0.0f;
 }
 
-// A tile of columns; the last tile of a group to finish goes on to the new iterate.
-__device__ void back_tile(const View& v, const Item& item) {
+// A tile of columns of the adjoint.
+__global__ void __launch_bounds__(kBlockThreads, kBackBlocks) back_kernel(View v) {
   LMTFAST_SHARED(float, factors, [kPanel]);
-  LMTFAST_SHARED(int, last, [1]);
+  const Item item = v.items[blockIdx.x];
   const Op op(v, item.op, item.group);
   const Stencil& s = op.s;
   const OpWork& w = op.work;
@@ -124,20 +123,16 @@ __device__ void back_tile(const View& v, const Item& item) {
   const bool per_tap = method_of(op) == Method::kSeparable;
   const float* panel = per_tap ? v.floats + w.mixed + group * s.rows * s.taps * kPanel
                                : v.floats + w.image + group * s.rows * kPanel;
-  float factor[kPanel];
-  unit_factors(v, op, factor);
-  if (threadIdx.x == 0) {
-    LMTFAST_UNROLL
-    for (int c = 0; c < kPanel; ++c) factors[c] = factor[c];
-  }
+  if (threadIdx.x < kPanel) factors[threadIdx.x] = unit_factor(v, op, threadIdx.x);
+  __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   const int32_t begin = item.tile * kBackColumns;
   const int32_t column = begin + thread % kBackColumns;
   PanelRow sum = {};
   if (column < s.columns) {
     const int32_t part = thread / kBackColumns;
-    sum = per_tap ? back_column<true>(op, column, part, panel, factor)
-                  : back_column<false>(op, column, part, panel, factor);
+    sum = per_tap ? back_column<true>(op, column, part, panel, factors)
+                  : back_column<false>(op, column, part, panel, factors);
   }
   const float* total = combine_parts(sum);
   const float identity = op.identity();
@@ -154,20 +149,6 @@ __device__ void back_tile(const View& v, const Item& item) {
     }
     v.floats[w.back + (group * s.columns + j) * kPanel + c] = value;
   }
-  // What this block wrote is seen by the one that counts it last.
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) last[0] = atomicAdd(v.integers + w.ticket + group, 1) == item.tiles - 1;
-  __syncthreads();
-  if (last[0] == 0) return;
-  __threadfence();
-  if (method_of(op) == Method::kSymbol) {
-    finish_symbol(v, op);
-  } else if (method_of(op) == Method::kSeparable) {
-    finish_separable(v, op);
-  } else {
-    finish_matrix(v, op, item.op);
-  }
 }
 
 __device__ void record(const View& v, const Item& item) {
@@ -181,21 +162,29 @@ __device__ void record(const View& v, const Item& item) {
   }
 }
 
-// Blocks from `tiles` on record what the gradient needs, one per operator.
-__global__ void __launch_bounds__(kBlockThreads) back_kernel(View v, unsigned tiles) {
-  const Item item = v.items[blockIdx.x];
-  if (blockIdx.x < tiles) {
-    back_tile(v, item);
+__device__ void move(const View& v, const Item& item) {
+  const Op op(v, item.op, item.group);
+  if (method_of(op) == Method::kSymbol) {
+    finish_symbol(v, op);
+  } else if (method_of(op) == Method::kSeparable) {
+    finish_separable(v, op);
   } else {
-    record(v, item);
+    finish_matrix(v, op, item.op);
   }
 }
 
-__global__ void __launch_bounds__(kBlockThreads) record_kernel(View v) {
-  record(v, v.items[blockIdx.x]);
+// The first blocks record what the gradient needs, one per operator; the others go on to the new
+// iterates, one per group.
+__global__ void __launch_bounds__(kBlockThreads, 1) end_kernel(View v, unsigned records) {
+  const Item item = v.items[blockIdx.x];
+  if (blockIdx.x < records) {
+    record(v, item);
+  } else {
+    move(v, item);
+  }
 }
 
-__global__ void __launch_bounds__(kBlockThreads) grid_kernel(View v) {
+__global__ void __launch_bounds__(kBlockThreads, 1) grid_kernel(View v) {
   const Item item = v.items[blockIdx.x];
   grid_step(v, Op(v, item.op, item.group));
 }
@@ -210,12 +199,12 @@ void launch_grid(const View& view, unsigned blocks, Stream stream) {
   LMTFAST_LAUNCH(grid_kernel, blocks, kBlockThreads, 0, stream, view);
 }
 
-void launch_back(const View& view, unsigned tiles, unsigned records, Stream stream) {
-  if (tiles == 0) {
-    LMTFAST_LAUNCH(record_kernel, records, kBlockThreads, 0, stream, view);
-  } else {
-    LMTFAST_LAUNCH(back_kernel, tiles + records, kBlockThreads, 0, stream, view, tiles);
-  }
+void launch_back(const View& view, unsigned blocks, Stream stream) {
+  LMTFAST_LAUNCH(back_kernel, blocks, kBlockThreads, 0, stream, view);
+}
+
+void launch_end(const View& view, unsigned records, unsigned groups, Stream stream) {
+  LMTFAST_LAUNCH(end_kernel, records + groups, kBlockThreads, 0, stream, view, records);
 }
 
 }  // namespace lmtfast::cuda

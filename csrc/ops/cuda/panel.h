@@ -21,6 +21,7 @@ struct PanelRow {
 
 // Row of a panel; panels are 16-byte aligned.
 __device__ inline PanelRow load_row(const float* panel, int64_t row) {
+  LMTFAST_ALIGNED(panel, sizeof(Quad));
   const Quad* quads = reinterpret_cast<const Quad*>(panel + row * kPanel);
   const Quad a = quads[0], b = quads[1];
   return {{a.v[0], a.v[1], a.v[2], a.v[3], b.v[0], b.v[1], b.v[2], b.v[3]}};
@@ -66,20 +67,34 @@ __device__ float panel_image(const T* weights, int64_t row_stride, int left, int
   return sum_scattered<kWarpSize / 2>(sum);
 }
 
-// sum[c] = sum over rows part, part + kBackParts, ... of weights[row][column] times that row of
-// the panel (kPerTap: of the column's tap), row scale and factors per column of the panel included.
+// sum[c] = sum over rows part, part + kBackParts, ... of weights[row][column] times that row of the
+// panel (kPerTap: of the column's tap), with the row scale and a factor per column of the panel.
+// Four rows at a time, so that their loads are under way together.
 template <class T, bool kPerTap>
 __device__ PanelRow panel_adjoint(const T* weights, const Op& op, int32_t column, int32_t part,
-                                  const float* panel, const float (&factor)[kPanel]) {
-  PanelRow sum = {};
+                                  const float* panel, const float* factor) {
+  constexpr int kAhead = 4;
+  PanelRow sum = {}, factors;
+  LMTFAST_UNROLL
+  for (int c = 0; c < kPanel; ++c) factors.v[c] = factor[c];
   const int32_t tap = column_at(op.s, op.tap_major(), column).tap;
-  for (int32_t o = part; o < op.s.rows; o += kBackParts) {
-    const float w = widen(weights[static_cast<int64_t>(o) * op.s.columns + column]);
-    const float scale = op.rs(o);
-    const PanelRow u = load_row(panel, kPerTap ? static_cast<int64_t>(o) * op.s.taps + tap : o);
+  for (int32_t first = part; first < op.s.rows; first += kBackParts * kAhead) {
+    float w[kAhead];
     LMTFAST_UNROLL
-    for (int c = 0; c < kPanel; ++c) {
-      sum.v[c] = std::fma(w, u.v[c] * (factor[c] * scale), sum.v[c]);
+    for (int i = 0; i < kAhead; ++i) {
+      const int32_t o = first + i * kBackParts;
+      w[i] = o < op.s.rows ? widen(weights[static_cast<int64_t>(o) * op.s.columns + column]) : 0.0f;
+    }
+    LMTFAST_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      const int32_t o = first + i * kBackParts;
+      if (o >= op.s.rows) break;
+      const float scale = op.rs(o);
+      const PanelRow u = load_row(panel, kPerTap ? static_cast<int64_t>(o) * op.s.taps + tap : o);
+      LMTFAST_UNROLL
+      for (int c = 0; c < kPanel; ++c) {
+        sum.v[c] = std::fma(w[i], u.v[c] * (factors.v[c] * scale), sum.v[c]);
+      }
     }
   }
   return sum;

@@ -114,7 +114,6 @@ void Builder::plan_panel(int64_t i, const Stencil& s) {
   work.image_tiles = pieces(s.rows, kImageRows);
   work.back_tiles = pieces(s.columns, kBackColumns);
   work.back = floats(g * s.columns * kPanel);
-  work.ticket = take(header_.integers, g);
   if (method == Method::kSeparable) {
     work.panel = floats(g * s.channels * kPanel);
     work.plain = floats(g * s.channels * kPanel);
@@ -137,6 +136,8 @@ void Builder::plan_panel(int64_t i, const Stencil& s) {
     if (method == Method::kSymbol) {
       work.fresh = floats(g * width);
       work.phase = floats(g * pairs);
+      const Grid grid = grid_of(s);
+      std::copy(grid.size, grid.size + kAxes, work.frequencies);
       work.frequency = doubles(g * LMTFAST_CANDIDATES * kAxes);
       work.response = doubles(g * pairs);
     }
@@ -146,6 +147,7 @@ void Builder::plan_panel(int64_t i, const Stencil& s) {
     add(kPanelImage, i, group, work.image_tiles);
     if (method == Method::kSeparable) add(kGrid, i, group, 1);
     add(kPanelBack, i, group, work.back_tiles);
+    add(kMove, i, group, 1);
   }
   add(kRecord, i, 0, 1);
 }
@@ -171,8 +173,8 @@ void Builder::plan_stencil(int64_t i, const Stencil& s) {
     items_[kPrepare].push_back({static_cast<int32_t>(i), 0, tiles, tiles});
   }
   for (int64_t group = 0; group < s.groups; ++group) {
-    add(kStencilFirst, i, group, work.image_tiles);
-    add(kStencilSecond, i, group, work.back_tiles);
+    add(s.transposed ? kFirstAdjoint : kFirstImage, i, group, work.image_tiles);
+    add(s.transposed ? kSecondImage : kSecondAdjoint, i, group, work.back_tiles);
   }
   add(kFinish, i, 0, pieces(s.groups * std::max(inside, outside), kVectorEntries));
 }
@@ -203,6 +205,7 @@ void Builder::plan_row(int64_t i) {
   const OpRow& row = net_.rows[i];
   require_indexable(row, i);
   const Stencil s = stencil_of(row);
+  work_[i].stencil = s;
   work_[i].method = static_cast<int64_t>(method_of(row));
   header_.n_slots = std::max(header_.n_slots, row.weight_slot + 1);
   plan_scales(i);
@@ -317,7 +320,7 @@ lmtfast_network network_of(const int64_t* table) {
 }
 
 int64_t workspace_bytes(const PlanHeader& h) {
-  const int64_t step = (h.n_slots + h.doubles) * 8 + (h.floats + h.integers) * 4 + 16;
+  const int64_t step = (h.n_slots + h.doubles) * 8 + h.floats * 4 + 16;
   return std::max(step, compose_doubles(h) * 8);
 }
 

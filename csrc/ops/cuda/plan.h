@@ -45,10 +45,13 @@ enum Stage {
   kPrepare,        // scales, vectors that products read; the first item writes the tensors
   kPanelImage,     // panels through the weights: symbol, separable, matrix
   kGrid,           // the grid's share of the separable step
-  kPanelBack,      // panels back through the weights, and what follows from them
+  kPanelBack,      // panels back through the weights
   kRecord,         // sigma and saved vectors of panels
-  kStencilFirst,   // A v of convolutions
-  kStencilSecond,  // A^T u of convolutions
+  kMove,           // new iterates of panels
+  kFirstImage,     // A v of convolutions,
+  kFirstAdjoint,   // of transposed ones
+  kSecondAdjoint,  // A^T u of convolutions,
+  kSecondImage,    // of transposed ones
   kFinish,         // norms and scaling of convolutions
   kGradientGrid,   // the grid's share of the separable gradient
   kGradient,       // weight gradients; operators that share a weight follow each other in rounds
@@ -57,13 +60,15 @@ enum Stage {
   kStages
 };
 
-// Where an operator's intermediate results lie: offsets in the floats, doubles and integers of the
-// workspace. Arrays start with the groups where that is said.
+// Where an operator's intermediate results lie: offsets in the floats and doubles of the workspace.
+// Arrays start with the groups where that is said.
 struct OpWork {
+  Stencil stencil;
   int64_t method;
   int64_t image_tiles, back_tiles;  // blocks per group of the product and of its adjoint
   int64_t scale_begin, scale_end;   // scale rows among which are all of this operator's
   int64_t accumulate;               // an operator of an earlier round has written the gradient
+  int64_t frequencies[kAxes];       // symbol: points of the grid of frequencies, per axis
   // Floats. Panels have kPanel columns and start at multiples of 16 bytes.
   int64_t panel;     // symbol, matrix (G, columns, 8): what the weights multiply, in their order;
                      // separable (G, channels, 8): a, orthonormal; column scale included
@@ -89,9 +94,9 @@ struct OpWork {
   int64_t values;     // separable (G, 2): sigma, and sigma over the scale of the image
   int64_t input_sums, image_sums, back_sums;  // stencil: sums of squares per block
   int64_t inputs, images, backs;              // and how many of them
-  // Integers.
-  int64_t ticket;  // (G): blocks of the adjoint that are done
 };
+
+static_assert(sizeof(OpWork) % sizeof(int64_t) == 0);
 
 // Start of the table; all int64.
 struct PlanHeader {
@@ -100,10 +105,10 @@ struct PlanHeader {
   int64_t n_rows, n_scales, n_tape, features, total, scale_size, saved_size, state_size;
   int64_t rows, scales, tape, work;  // offsets in the table
   int64_t stage[kStages], blocks[kStages];
-  int64_t rounds, n_rounds;           // where the rounds of kGradient begin, and their end
-  int64_t n_slots;                    // tensors that a call must bring
-  int64_t floats, doubles, integers;  // of the workspace
-  int64_t grad_scales;                // floats: gradient of the scale buffer
+  int64_t rounds, n_rounds;  // where the rounds of kGradient begin, and their end
+  int64_t n_slots;           // tensors that a call must bring
+  int64_t floats, doubles;   // of the workspace
+  int64_t grad_scales;       // floats: gradient of the scale buffer
 };
 
 constexpr int64_t kPlanMagic = 0x6C6D74666173740A;
@@ -120,7 +125,7 @@ const PlanHeader& header_of(const int64_t* table);
 // The network inside a table.
 lmtfast_network network_of(const int64_t* table);
 
-// Bytes of a call's workspace: tensors, doubles, floats, integers, in this order.
+// Bytes of a call's workspace: tensors, doubles, floats, in this order.
 int64_t workspace_bytes(const PlanHeader& header);
 int64_t compose_doubles(const PlanHeader& header);
 

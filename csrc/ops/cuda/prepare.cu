@@ -15,7 +15,7 @@ namespace {
 // Sum of squares of a stretch of a convolution's iterate.
 __device__ void sum_input(const View& v, const Item& item) {
   const OpRow& row = v.rows[item.op];
-  const Stencil s = stencil_of(row);
+  const Stencil& s = v.work[item.op].stencil;
   const int64_t entries =
       static_cast<int64_t>(s.groups) * (s.transposed ? static_cast<int64_t>(s.rows) * s.outputs
                                                      : static_cast<int64_t>(s.channels) * s.inputs);
@@ -67,7 +67,6 @@ __device__ void prepare_panel(const View& v, const Item& item) {
   if (op.column_scale != nullptr) {
     write_scales(v, op.work, op.row.column_scale + item.group * channels, channels);
   }
-  if (threadIdx.x == 0) v.integers[op.work.ticket + item.group] = 0;
   __syncthreads();
   const auto method = static_cast<Method>(op.work.method);
   if (method == Method::kSymbol) {
@@ -81,7 +80,7 @@ __device__ void prepare_panel(const View& v, const Item& item) {
 
 // The first block writes the table of tensors for the launches that follow.
 template <int kCapacity>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     prepare_kernel(View v, uint64_t* table, const __grid_constant__ Words<kCapacity> words) {
   const Item item = v.items[blockIdx.x];
   if (item.op < 0) {

@@ -343,7 +343,7 @@ __device__ inline void grid_step(const View& v, const Op& op) {
   mix_image(op, y.image, y.gram, y.rank, y.mixed);
 }
 
-// The last block of the group: new factors, or the old ones where the new are zero or not finite.
+// New factors, or the old ones where the new are zero or not finite.
 __device__ inline void finish_separable(const View& v, const Op& op) {
   const Separable y(v, op);
   const Stencil& s = op.s;

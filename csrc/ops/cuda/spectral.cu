@@ -25,7 +25,6 @@ struct Call {
     // Panels are read 16 bytes at a time.
     const auto floats = reinterpret_cast<uint64_t>(view.doubles + header.doubles);
     view.floats = reinterpret_cast<float*>((floats + 15) / 16 * 16);
-    view.integers = reinterpret_cast<int32_t*>(view.floats + header.floats);
     view.rows = reinterpret_cast<const OpRow*>(p.device + header.rows);
     view.scales = reinterpret_cast<const lmtfast_scale_row*>(p.device + header.scales);
     view.work = reinterpret_cast<const OpWork*>(p.device + header.work);
@@ -62,13 +61,16 @@ void spectral_step(const Plan& plan, const lmtfast_tensor* tensors, int64_t n_te
   launch_prepare(call.at(kPrepare), call.table, words(tensors, call.header.n_slots).data(),
                  call.blocks(kPrepare), stream);
   launch_image(call.at(kPanelImage), call.blocks(kPanelImage), stream);
-  launch_stencil(call.at(kStencilFirst), false, call.blocks(kStencilFirst), stream);
+  launch_stencil(call.at(kFirstImage), false, false, call.blocks(kFirstImage), stream);
+  launch_stencil(call.at(kFirstAdjoint), true, false, call.blocks(kFirstAdjoint), stream);
   launch_grid(call.at(kGrid), call.blocks(kGrid), stream);
-  // The items of kRecord follow those of kPanelBack.
-  const int64_t skipped = update ? 0 : call.header.blocks[kPanelBack];
-  launch_back(call.at(kPanelBack, skipped), update ? call.blocks(kPanelBack) : 0,
-              call.blocks(kRecord), stream);
-  if (update) launch_stencil(call.at(kStencilSecond), true, call.blocks(kStencilSecond), stream);
+  if (update) launch_back(call.at(kPanelBack), call.blocks(kPanelBack), stream);
+  // The items of kMove follow those of kRecord.
+  launch_end(call.at(kRecord), call.blocks(kRecord), update ? call.blocks(kMove) : 0, stream);
+  if (update) {
+    launch_stencil(call.at(kSecondAdjoint), true, true, call.blocks(kSecondAdjoint), stream);
+    launch_stencil(call.at(kSecondImage), false, true, call.blocks(kSecondImage), stream);
+  }
   launch_finish(call.at(kFinish), call.blocks(kFinish), stream);
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Spectral norms of a network on a CUDA device. Layouts of iterates and saved vectors:
 // ops/spectral.h. A step is at most
-//   prepare, image, [grid,] back      operators by symbol (separable)
-//   prepare, A v, A^T u, finish       operators by power iteration; matrices go with the panels
+//   prepare, image, [grid,] back, end   operators by symbol (separable), matrices
+//   prepare, A v, A^T u, finish         convolutions by power iteration
 // one launch each for all operators of the network, and a gradient one launch, three with scales.
 #pragma once
 
@@ -19,8 +19,9 @@ void launch_prepare(const View& view, uint64_t* table, const uint64_t* tensors, 
                     Stream stream);
 void launch_image(const View& view, unsigned blocks, Stream stream);
 void launch_grid(const View& view, unsigned blocks, Stream stream);
-void launch_back(const View& view, unsigned tiles, unsigned records, Stream stream);
-void launch_stencil(const View& view, bool second, unsigned blocks, Stream stream);
+void launch_back(const View& view, unsigned blocks, Stream stream);
+void launch_end(const View& view, unsigned records, unsigned groups, Stream stream);
+void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream);
 void launch_finish(const View& view, unsigned blocks, Stream stream);
 void launch_gradient_grid(const View& view, unsigned blocks, Stream stream);
 void launch_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,

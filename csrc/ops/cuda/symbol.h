@@ -170,9 +170,8 @@ __device__ inline Peak best_of_grid(const Symbol& y, const Grid& grid, int f) {
     for (int32_t tap = 0; tap < s.taps; ++tap) {
       const double* q = y.response + 2 * (tap * kCandidates + f);
       const float qr = static_cast<float>(q[0]), qi = static_cast<float>(q[1]);
-      const float angle =
-          static_cast<float>(kTwoPi) * grid_turns(s, grid, point, point_of(s.kernel, tap));
-      const float c = std::cos(angle), n = std::sin(angle);
+      float n, c;
+      sine_cosine_of_turns(grid_turns(s, grid, point, point_of(s.kernel, tap)), n, c);
       re = std::fma(qr, c, std::fma(qi, n, re));
       im = std::fma(qi, c, std::fma(-qr, n, im));
     }
@@ -207,7 +206,9 @@ __device__ inline Moments moments_of(const Symbol& y, int f, const double* w) {
 // Moves each candidate's frequency to one where its response is no smaller: (4, 3) in `moved`. The
 // response is scaled to a largest entry of 1.
 __device__ inline void improve_frequencies(const Symbol& y, double (&moved)[kCandidates * kAxes]) {
-  const Grid grid = grid_of(y.op.s);
+  Grid grid;
+  LMTFAST_UNROLL
+  for (int a = 0; a < kAxes; ++a) grid.size[a] = static_cast<int32_t>(y.op.work.frequencies[a]);
   for (int f = 0; f < kCandidates; ++f) {
     double largest = 0;
     for (int32_t tap = threadIdx.x; tap < y.op.s.taps; tap += kBlockThreads) {
@@ -287,7 +288,7 @@ LMTFAST_HD double kronecker_step(int axes, int axis) {
   return kTwoPi * power;
 }
 
-// The last block of the group: from the adjoint's panel to the new state.
+// From the adjoint's panel to the new state.
 __device__ inline void finish_symbol(const View& v, const Op& op) {
   LMTFAST_SHARED(double, moved, [kCandidates * kAxes]);
   LMTFAST_SHARED(double, reached, [kCandidates]);

@@ -117,6 +117,7 @@ __device__ void tile_product(const Left& left, const Right& right, int32_t row_c
     row_loader.fetch(left, 0);
     column_loader.fetch(right, 0);
   }
+  LMTFAST_ROLL
   for (int32_t step = 0; step < steps; ++step) {
     // Whoever still reads the step before.
     __syncthreads();
@@ -153,6 +154,7 @@ __device__ inline const SharedTile& share_tile(const TileSum& sum) {
 // Calls body(row of the tile, column, value), neighbouring threads on neighbouring columns.
 template <class Body>
 __device__ void for_each_entry(const SharedTile& tile, const Body& body) {
+  LMTFAST_ROLL
   for (int32_t i = threadIdx.x; i < kTileSide * kTileSide; i += kTileThreads) {
     body(i / kTileSide, i % kTileSide, tile[i / kTileSide][i % kTileSide]);
   }

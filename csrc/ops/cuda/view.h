@@ -64,7 +64,6 @@ struct View {
   const uint64_t* tensors;
   double* doubles;
   float* floats;
-  int32_t* integers;
   const float* state;
   float* new_state;  // null: sigma is read, nothing moves
   float* sigmas;
@@ -74,11 +73,12 @@ struct View {
   int64_t n_rows, n_scales, n_tensors;
 };
 
-// One operator as a block sees it.
+// One operator as a block sees it. The stencil stays in memory: in registers it would cost a kernel
+// half of its occupancy.
 struct Op {
   const OpRow& row;
   const OpWork& work;
-  Stencil s;
+  const Stencil& s;
   uint64_t weight;
   const float* row_scale;     // of the group, or null
   const float* column_scale;  // of the group, or null
@@ -87,7 +87,7 @@ struct Op {
   __device__ Op(const View& v, int32_t op, int32_t g)
       : row(v.rows[op]),
         work(v.work[op]),
-        s(stencil_of(v.rows[op])),
+        s(work.stencil),
         weight(v.tensors[v.rows[op].weight_slot]),
         row_scale(row.row_scale < 0 ? nullptr
                                     : v.saved + row.row_scale + static_cast<int64_t>(g) * s.rows),
