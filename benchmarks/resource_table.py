@@ -2,14 +2,14 @@
 """Compiles every Triton kernel for sm_90 and tabulates what it needs. No GPU.
 
     python benchmarks/resource_table.py            compile all, write the table
-    python benchmarks/resource_table.py --check    compile one of each kernel, compare
+    python benchmarks/resource_table.py --check    compile one of each file, compare
     python benchmarks/resource_table.py --check --all
 
 The kernels and their configurations are ``lmtfast.kernels.specialization.all_of_them()``. Columns:
 registers per thread; shared memory per program; spilled bytes (stack and local memory); atomic
-instructions; load instructions from global memory, which multiply where an alignment is lost; a
-digest of the kernel's source, by which ``--check`` also sees that a row is out of date without
-compiling it.
+instructions, and those among them on floats; load instructions from global memory, which multiply
+where an alignment is lost; a digest of the kernel's source, by which ``--check`` also sees that a
+row is out of date without compiling it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CAPABILITY = 90
 TABLE = Path(__file__).parent / "results" / "resources" / "triton.csv"
 COLUMNS = (
     "kernel", "specialization", "warps", "registers", "shared_bytes", "spill_bytes", "atomics",
-    "global_loads", "source",
+    "float_atomics", "global_loads", "source",
 )  # fmt: skip
 Row = dict[str, str]
 
@@ -48,6 +48,7 @@ def usage_of(cubin: bytes) -> dict[str, int]:
 def row_of(entry: Specialization) -> Row:
     compiled = entry.compile(CAPABILITY)
     usage, ptx = usage_of(compiled.asm["cubin"]), compiled.asm["ptx"]
+    atomics = re.findall(r"^\s*(?:@\S+ )?((?:atom|red)\.\S+)", ptx, re.MULTILINE)
     values = (
         entry.name,
         entry.label,
@@ -55,7 +56,8 @@ def row_of(entry: Specialization) -> Row:
         usage["REG"],
         compiled.metadata.shared,
         usage["STACK"] + usage["LOCAL"],
-        len(re.findall(r"^\s*(?:@\S+ )?(?:atom|red)\.", ptx, re.MULTILINE)),
+        len(atomics),
+        len([name for name in atomics if re.search(r"\.b?f\d", name)]),
         len(re.findall(r"\bld\.global|\bcp\.async\.c[ag]\.|\bcp\.async\.bulk", ptx)),
         entry.digest(),
     )
@@ -88,8 +90,9 @@ def differences(path: Path, *, everything: bool) -> list[str]:
         if table[key]["source"] != shipped[key].digest():
             problems.append(f"{key}: its source has changed")
     for key, entry in shipped.items():
-        if key in table and (everything or entry.name not in compiled):
-            compiled.add(entry.name)
+        file = entry.kernel.fn.__module__
+        if key in table and (everything or file not in compiled):
+            compiled.add(file)
             row = row_of(entry)
             if row != table[key]:
                 problems.append(f"{key}: table {table[key]}, compiler {row}")
@@ -100,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    parser.add_argument("--all", action="store_true", help="compile all, not one of each kernel")
+    parser.add_argument("--all", action="store_true", help="compile all, not one of each file")
     options = parser.parse_args()
     if not options.check:
         write(options.table)

@@ -131,6 +131,7 @@ def _cases() -> dict[str, Network]:
         conv("dilated", (4, 3, 3, 3), (12, 10), stride=(2, 3), dilation=(2, 3)),
         conv("grouped", (6, 4, 3, 3), (6, 7), groups=3),
         conv("depthwise", (5, 1, 3, 3), (7, 6), groups=5),
+        conv("depthwise_pair", (2, 1, 3, 3), (5, 3), groups=2),
         conv("multiplier", (8, 1, 3, 3), (6, 6), groups=4, stride=(2, 1)),
         conv("transposed", (5, 4, 3, 3), (4, 5), stride=(2, 2), transposed=True,
              output_padding=(1, 0)),

@@ -7,7 +7,7 @@ A backend joins with one line in PROVIDERS; the engines it is held to are those 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,19 +23,32 @@ from lmtfast.engines import ENGINES, get_engine, polyphase, separable, symbol
 from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.graph import BoundGraph, Conv, Instruction, Region, RegionNode
 from lmtfast.plan import BoundPlan, make_plan
+from tests.conftest import TRITON_DEVICE
 from tests.emulation import emulated
+from tests.interpreter import swift
 from tests.spectral_cases import CASES, Network, conv, randn, runnable, scaled
 
 
 class Provider(NamedTuple):
-    """A backend, the device of its tensors, and what must hold while it runs."""
+    """A backend, the device of its tensors, what must hold while it runs, and whether it is so slow
+    that only BRIEF cases are in the default run."""
 
     backend: str
     device: str
     using: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    slow: bool = False
 
 
-PROVIDERS = (Provider("native", "cpu"), Provider("cuda", "cpu", emulated))
+PROVIDERS = (
+    Provider("native", "cpu"), Provider("cuda", "cpu", emulated),
+    Provider("triton", TRITON_DEVICE, swift, TRITON_DEVICE == "cpu"),
+)  # fmt: skip
+# Between them: odd sizes, strides, dilation, uneven padding, groups, depthwise, transposed,
+# circular, scales and identity, tap-major bfloat16, a shared weight, a matrix.
+BRIEF = frozenset({
+    "uneven", "dilated", "identity_groups", "depthwise_pair", "transposed", "circular_strided",
+    "wide, bfloat16, tap-major", "tied", "matrix_scaled",
+})  # fmt: skip
 
 
 def engines_of(provider: Provider) -> list[str]:
@@ -45,13 +58,33 @@ def engines_of(provider: Provider) -> list[str]:
 
 
 PAIRS = [(p, e) for p in PROVIDERS for e in engines_of(p)]
-TRIPLES = [(p, e, case) for p, e in PAIRS for case in runnable(e)]
-each_engine = pytest.mark.parametrize(
-    ("provider", "engine"), PAIRS, ids=[f"{p.backend}-{e}" for p, e in PAIRS]
-)
-each_case = pytest.mark.parametrize(
-    ("provider", "engine", "case"), TRIPLES, ids=[f"{p.backend}-{e}-{c}" for p, e, c in TRIPLES]
-)
+
+
+def each(names: Iterable[str] | None = None, brief: frozenset[str] = BRIEF) -> pytest.MarkDecorator:
+    """Every provider, its engines and the cases; all that an engine runs where none are named."""
+    return pytest.mark.parametrize(
+        ("provider", "engine", "case"),
+        [
+            pytest.param(
+                p, e, c, id=f"{p.backend}-{e}-{c}",
+                marks=[pytest.mark.slow] * (p.slow and c not in brief),
+            )
+            for p, e in PAIRS for c in (runnable(e) if names is None else names)
+        ],
+    )  # fmt: skip
+
+
+def each_engine(*, long: bool = False) -> pytest.MarkDecorator:
+    """Every provider and its engines; ``long``: not in the default run of a slow one."""
+    return pytest.mark.parametrize(
+        ("provider", "engine"),
+        [
+            pytest.param(
+                p, e, id=f"{p.backend}-{e}", marks=[pytest.mark.slow] * (p.slow and long)
+            )
+            for p, e in PAIRS
+        ],
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -150,11 +183,11 @@ def assert_same_iterate(name: str, region: Region, got: Tensor, want: Tensor) ->
     assert difference.max() < 2e-3
 
 
-@each_case
+@each(brief=BRIEF - {"tied"})
 def test_steps_are_those_of_the_reference(provider: Provider, engine: str, case: str) -> None:
     run = Run(provider, engine, CASES[case])
     state = run.start()
-    for _ in range(3):
+    for _ in range(1 if provider.slow else 3):
         want, (sigmas, new, _) = run.reference(state), run.step(state)
         torch.testing.assert_close(
             sigmas.double(), torch.stack([s.sigma for s in want]), rtol=1e-5, atol=0
@@ -168,7 +201,7 @@ def test_steps_are_those_of_the_reference(provider: Provider, engine: str, case:
         state = new
 
 
-@each_case
+@each()
 def test_gradients_are_those_of_the_reference(provider: Provider, engine: str, case: str) -> None:
     run = Run(provider, engine, CASES[case])
     state = run.step(run.start())[1]
@@ -185,7 +218,7 @@ def test_gradients_are_those_of_the_reference(provider: Provider, engine: str, c
             torch.testing.assert_close(a.double(), b, rtol=coarse, atol=coarse * scale)
 
 
-@each_case
+@each(brief=frozenset({"circular_strided"}))
 def test_threads_and_repetition_change_no_bit(provider: Provider, engine: str, case: str) -> None:
     run = Run(provider, engine, CASES[case])
     state, grad = run.start(), torch.ones(len(run.network.regions))
@@ -198,8 +231,7 @@ def test_threads_and_repetition_change_no_bit(provider: Provider, engine: str, c
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@each_engine
-@pytest.mark.parametrize("case", ["plain", "scaled_groups", "many"])
+@each(["plain", "scaled_groups", "many", "tied"])
 def test_only_wanted_gradients(provider: Provider, engine: str, case: str) -> None:
     run = Run(provider, engine, CASES[case])
     saved, grad = run.step(run.start())[2], torch.ones(len(run.network.regions))
@@ -212,8 +244,7 @@ def test_only_wanted_gradients(provider: Provider, engine: str, case: str) -> No
     assert run.vjp(saved, grad, [False] * len(run.tensors)) == [None] * len(run.tensors)
 
 
-@each_engine
-@pytest.mark.parametrize("case", ["plain", "wide", "depthwise", "strided", "tall", "transposed"])
+@each(["plain", "wide", "depthwise", "strided", "tall", "transposed"])
 @pytest.mark.parametrize("exponent", [-100, 90])
 def test_tiny_and_huge_weights(provider: Provider, engine: str, case: str, exponent: int) -> None:
     network = CASES[case]
@@ -235,7 +266,7 @@ def test_tiny_and_huge_weights(provider: Provider, engine: str, case: str, expon
         state = want[1]
 
 
-@each_engine
+@each_engine(long=True)
 def test_rows_of_every_magnitude(provider: Provider, engine: str) -> None:
     """Rows far above and below one another, either first: none overflows, the large ones count."""
     powers = torch.logspace(-30, 30, 150).roll(40)
@@ -252,10 +283,7 @@ def test_rows_of_every_magnitude(provider: Provider, engine: str) -> None:
         assert (run.step(state, update=False)[0].double() / want - 1).abs().max() < 1e-5
 
 
-@each_engine
-@pytest.mark.parametrize(
-    "case", ["plain", "wide", "depthwise", "identity", "strided", "transposed"]
-)
+@each(["plain", "wide", "depthwise", "identity", "strided", "transposed"])
 def test_zero_weights_and_zero_iterates(provider: Provider, engine: str, case: str) -> None:
     network = CASES[case].map(torch.zeros_like) if case != "identity" else CASES[case]
     run = Run(provider, engine, network)
@@ -269,8 +297,7 @@ def test_zero_weights_and_zero_iterates(provider: Provider, engine: str, case: s
         assert all(g.isfinite().all() for g in run.vjp(saved, torch.ones(1)))
 
 
-@each_engine
-@pytest.mark.parametrize("case", ["plain", "wide", "depthwise", "tall", "transposed", "line"])
+@each(["plain", "wide", "depthwise", "tall", "transposed", "line"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_reaches_sigma(
     provider: Provider, engine: str, case: str, value: float
@@ -290,28 +317,27 @@ def test_what_is_not_finite_reaches_sigma(
         assert_same_iterate(engine, run.network.regions[0], new, state / state.norm())
 
 
-@each_engine
-def test_reads_nothing_beside_its_tensors(provider: Provider, engine: str) -> None:
+@each(["plain", "wide", "tall", "wide, bfloat16", "many", "line", "identity_groups"])
+def test_reads_nothing_beside_its_tensors(provider: Provider, engine: str, case: str) -> None:
     """Every tensor lies between NaN, which would show in the results if it were read."""
-    for case in ("plain", "wide", "tall", "wide, bfloat16", "many", "line"):
-        run = Run(provider, engine, CASES[case])
-        state = run.start()
-        want = run.step(state)
-        grads = run.vjp(want[2], torch.ones(len(run.network.regions)))
+    run = Run(provider, engine, CASES[case])
+    state = run.start()
+    want = run.step(state)
+    grads = run.vjp(want[2], torch.ones(len(run.network.regions)))
 
-        def fenced(t: Tensor) -> Tensor:
-            room = torch.full((t.numel() + 64,), torch.nan, dtype=t.dtype, device=t.device)
-            inner = room[32 : 32 + t.numel()].view(t.shape)
-            return inner.copy_(t)
+    def fenced(t: Tensor) -> Tensor:
+        room = torch.full((t.numel() + 64,), torch.nan, dtype=t.dtype, device=t.device)
+        inner = room[32 : 32 + t.numel()].view(t.shape)
+        return inner.copy_(t)
 
-        run.tensors = [fenced(t) for t in run.tensors]
-        got = run.step(state)
-        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
-        again = run.vjp(got[2], torch.ones(len(run.network.regions)))
-        assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+    run.tensors = [fenced(t) for t in run.tensors]
+    got = run.step(state)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+    again = run.vjp(got[2], torch.ones(len(run.network.regions)))
+    assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
 
 
-@each_engine
+@each_engine(long=True)
 def test_a_network_is_its_operators(provider: Provider, engine: str) -> None:
     """Operators of one call do not disturb each other, and those run elsewhere stay as they are."""
     weight = randn(3, 3, 3, 3, seed=4)
@@ -345,7 +371,7 @@ def test_a_network_is_its_operators(provider: Provider, engine: str) -> None:
     assert (found[plan.slots.index(op.weight)] == 0).all()
 
 
-@each_engine
+@each_engine(long=True)
 def test_many_steps_reach_what_the_reference_reaches(provider: Provider, engine: str) -> None:
     network = scaled(conv("long_run", (12, 10, 3, 3), (7, 7)), identity=0.0)
     run = Run(provider, engine, network)
@@ -359,7 +385,7 @@ def test_many_steps_reach_what_the_reference_reaches(provider: Provider, engine:
     assert reached == pytest.approx(goal, rel=2e-2)
 
 
-@each_engine
+@each_engine()
 def test_refuses_what_it_cannot_read(provider: Provider, engine: str) -> None:
     run = Run(provider, engine, CASES["plain"])
     state = run.start()

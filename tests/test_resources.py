@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="triton is not installed; it compiles the k
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "resource_table.py"
 TABLE = ROOT / "benchmarks" / "results" / "resources" / "triton.csv"
+# Kernels whose last program goes on with what all have written, found by counting in integers.
+COUNTING = {"symbol_finish"}
 SHARED_BYTES = 227 * 1024  # per program on sm_90
 
 
@@ -42,7 +44,7 @@ def check(*options: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_table_is_what_the_compiler_says() -> None:
-    """Of one configuration per kernel; that the others' sources have not changed, of all."""
+    """Of one configuration per file; that the others' sources have not changed, of all."""
     done = check()
     assert done.returncode == 0, done.stderr
 
@@ -71,6 +73,7 @@ def test_every_kernel_is_in_the_table() -> None:
 def test_no_kernel_spills() -> None:
     for row in rows():
         assert int(row["spill_bytes"]) == 0, row
-        assert int(row["atomics"]) == 0, "results must not depend on the order of programs"
+        assert int(row["float_atomics"]) == 0, "results must not depend on the order of programs"
+        assert int(row["atomics"]) == 0 or row["kernel"] in COUNTING, row
         assert 0 < int(row["registers"]) <= 255, row
         assert int(row["shared_bytes"]) <= SHARED_BYTES, row

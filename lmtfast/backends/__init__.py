@@ -182,5 +182,5 @@ register_backend(
 )  # fmt: skip
 register_backend(
     "triton", module="lmtfast.backends.triton",
-    provides="margin losses and pair norms on NVIDIA GPUs", probe=_triton,
+    provides="margin losses, pair norms and bound steps on NVIDIA GPUs", probe=_triton,
 )  # fmt: skip

@@ -3,7 +3,8 @@
 
 Margin losses and pair norms: the functions of :mod:`lmtfast.backends.margin_reference` and
 :mod:`lmtfast.backends.pair_norm`, same arguments and results. This module allocates the outputs and
-launches; the kernels and their block sizes are in :mod:`lmtfast.kernels`.
+launches; the kernels and their block sizes are in :mod:`lmtfast.kernels`. Spectral norms are in
+:mod:`lmtfast.backends.triton_spectral`.
 
 A launch reads no value back from the device, so all of it can be captured in a CUDA graph. For the
 same reason targets are not checked here: one that is no class gives its sample a NaN loss.
@@ -23,9 +24,15 @@ from lmtfast.backends.margin_argument import (
     with_unit_columns,
 )
 from lmtfast.backends.pair_norm import without_autocast
+from lmtfast.backends.triton_spectral import STEPS, compose, spectral_step, spectral_vjp
 from lmtfast.errors import ArgumentError, BackendUnavailableError
 from lmtfast.kernels import margin_loss, pair_norm
 from lmtfast.kernels.alignment import alignment
+
+__all__ = [
+    "DTYPES", "MEMBERS", "STEPS", "available", "compose", "margin_backward", "margin_forward",
+    "pair_norm_forward", "pair_norm_vjp", "spectral_step", "spectral_vjp",
+]  # fmt: skip
 
 MEMBERS = margin_loss.MEMBERS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -74,7 +81,7 @@ def margin_forward(
     Example:
         >>> from lmtfast.backends import available_backends
         >>> available_backends()["triton"].provides
-        'margin losses and pair norms on NVIDIA GPUs'
+        'margin losses, pair norms and bound steps on NVIDIA GPUs'
     """
     _check(member, logits, target, row_index, rows, coefficient)
     n, k = logits.shape

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""Who owns what of the gradients: tiles of weights, blocks of entries of the scales' tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmtfast.table import ENGINES, FIELDS, SCALE_FIELDS, OperatorTable
+
+GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 128  # of a weight's gradient, written at once
+TILE_ROWS, TILE_COLUMNS = 32, 1024  # of one program's tile
+ENTRY_BLOCK = 32
+# Side of a square tile of power iteration's gradient: large, and where rows or channels are few.
+GRADIENT_SIDES = (64, 16)
+# Rows of one program of the separable engine's products and gradient.
+SEPARABLE_ROWS = 64
+USE_WIDTH = 9
+# The engines' gradients are launched in this order; later ones add to what is there.
+ORDER = ("operator", "separable", "symbol")
+
+
+@dataclass(frozen=True)
+class WeightTiles:
+    """One engine's part of the weights' gradients; int32 on the CPU.
+
+    Attributes:
+        tiles: (slot, first and last sharer, first and last row, first and last column, whether an
+            engine before has written the tensor), one per program.
+        sharers: Positions among the engine's operators, slot by slot in the order of the table.
+    """
+
+    tiles: Tensor
+    sharers: Tensor
+
+
+@dataclass(frozen=True)
+class ScaleEntries:
+    """Gradients in the scales' tensors; int32 on the CPU.
+
+    Attributes:
+        entries: (slot, first entry, first and last use), one per program.
+        uses: (factor, 1 where it is the variance, position among the symbol engine's operators or
+            -1, 1 for its columns, first and last factor of the product, where and in how many
+            parts other engines leave the product's gradient, length).
+        sums: Entries that other engines leave, float64.
+    """
+
+    entries: Tensor
+    uses: Tensor
+    sums: int
+
+
+def rows_of_engine(table: OperatorTable, engine: str) -> list[int]:
+    """Numbers of the operators that the table gives to an engine."""
+    kind, place = ENGINES.index(engine), FIELDS.index("engine")
+    return [i for i, row in enumerate(table.rows) if row[0] and row[place] == kind]
+
+
+def weight_slots(table: OperatorTable, engine: str) -> frozenset[int]:
+    """Tensors that are weights of an engine's operators."""
+    place = FIELDS.index("weight_slot")
+    return frozenset(table.rows[i][place] for i in rows_of_engine(table, engine))
+
+
+def scale_slots(table: OperatorTable) -> frozenset[int]:
+    """Tensors that scale channels."""
+    slot, variance = SCALE_FIELDS.index("slot"), SCALE_FIELDS.index("variance_slot")
+    return frozenset({s[i] for s in table.scales for i in (slot, variance)} - {-1})
+
+
+def weight_tiles(table: OperatorTable, engine: str) -> WeightTiles:
+    place = FIELDS.index("weight_slot")
+    before = frozenset[int]().union(
+        *(weight_slots(table, other) for other in ORDER[: ORDER.index(engine)])
+    )
+    by_slot: dict[int, list[int]] = {}
+    numbers = rows_of_engine(table, engine)
+    for position, number in enumerate(numbers):
+        by_slot.setdefault(table.rows[number][place], []).append(position)
+    tiles, sharers = [], []
+    for slot, positions in by_slot.items():
+        first = len(sharers)
+        sharers += positions
+        row = dict(zip(FIELDS, table.rows[numbers[positions[0]]], strict=True))
+        rows = row["groups"] * row["rows"]
+        columns = row["channels"] * math.prod(row[f"kernel_{a}"] for a in range(3))
+        tiles += [
+            [slot, first, len(sharers), r, min(rows, r + TILE_ROWS), c,
+             min(columns, c + TILE_COLUMNS), int(slot in before)]
+            for r in range(0, rows, TILE_ROWS) for c in range(0, columns, TILE_COLUMNS)
+        ]  # fmt: skip
+    return WeightTiles(
+        torch.tensor(tiles, dtype=torch.int32).reshape(-1, 8),
+        torch.tensor(sharers, dtype=torch.int32),
+    )
+
+
+def gradient_side(rows: int, channels: int) -> int:
+    """Side of the tiles of power iteration's gradient, by rows and channels of a group."""
+    return GRADIENT_SIDES[0 if min(rows, channels) > GRADIENT_SIDES[1] else 1]
+
+
+def scale_sums(table: OperatorTable) -> tuple[dict[int, tuple[int, int]], int]:
+    """Where engines other than symbol leave the gradient in a stretch of the scale buffer: first
+    entry and number of parts by the stretch's offset; and the entries in all."""
+    places, size = {}, 0
+    for engine in ("operator", "separable"):
+        for number in rows_of_engine(table, engine):
+            row = dict(zip(FIELDS, table.rows[number], strict=True))
+            ends = {"row_scale": row["rows"], "column_scale": row["channels"]}
+            side = gradient_side(row["rows"], row["channels"])
+            # The separable engine's tiles are as wide as the kernel.
+            sides = (row["channels"], SEPARABLE_ROWS) if engine == "separable" else (side, side)
+            for name, other, each in zip(ends, ("channels", "rows"), sides, strict=True):
+                if row[name] >= 0:
+                    parts = -(-row[other] // each)
+                    places[row[name]] = (size, parts)
+                    size += parts * row["groups"] * ends[name]
+    return places, size
+
+
+def scale_entries(table: OperatorTable) -> ScaleEntries:
+    positions = {n: i for i, n in enumerate(rows_of_engine(table, "symbol"))}
+    users, (sums, size) = {}, scale_sums(table)
+    for number, row in enumerate(table.rows):
+        for side, name in enumerate(("row_scale", "column_scale")):
+            if row[0] and row[FIELDS.index(name)] >= 0:
+                users[row[FIELDS.index(name)]] = (positions.get(number, -1), side)
+    spans: dict[int, list[int]] = {}
+    for k, scale in enumerate(table.scales):
+        spans.setdefault(scale[0], [k, k])[1] = k + 1
+    by_slot: dict[int, list[list[int]]] = {}
+    for k, scale in enumerate(table.scales):
+        values = dict(zip(SCALE_FIELDS, scale, strict=True))
+        offset, length = values["offset"], values["length"]
+        for variance, name in enumerate(("slot", "variance_slot")):
+            if values[name] >= 0:
+                place = sums.get(offset, (0, 0))
+                use = [k, variance, *users[offset], *spans[offset], *place, length]
+                by_slot.setdefault(values[name], []).append(use)
+    entries, uses = [], []
+    for slot, found in by_slot.items():
+        first = len(uses)
+        uses += found
+        longest = max(use[-1] for use in found)
+        entries += [[slot, i, first, len(uses)] for i in range(0, longest, ENTRY_BLOCK)]
+    return ScaleEntries(
+        torch.tensor(entries, dtype=torch.int32).reshape(-1, 4),
+        torch.tensor(uses, dtype=torch.int32).reshape(-1, USE_WIDTH), size,
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: MIT
+"""Power iteration's work on one network: descriptors, work items and workspace, on the host.
+
+Both products of a step are implicit GEMMs: rows (or channels) times positions, summed over visits
+(visit_work.py) and channels (or rows). The adjoint of a strided stencil falls apart into a product
+per class of positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lmtfast.kernels.descriptor import ADDED
+from lmtfast.kernels.gradient_work import (
+    GRADIENT_SIDES,
+    WeightTiles,
+    gradient_side,
+    rows_of_engine,
+    scale_sums,
+)
+from lmtfast.kernels.packing import PACK_CHANNELS, PACK_ROWS
+from lmtfast.kernels.scale_work import added_fields
+from lmtfast.kernels.visit_work import (
+    VISIT_WIDTH,
+    PositionClass,
+    adjoint_classes,
+    forward_class,
+)
+from lmtfast.table import FIELDS, OperatorTable
+
+# Fields behind ADDED. Workspace offsets count float32 and are even where float64 lie there. A is
+# the operator, of which v is an input; parts are sums of squares of pieces, float64.
+OPERATOR_FIELDS = (
+    "in_points", "out_points",
+    "visits",  # of the gradient: all taps, forward
+    "direct",  # 1 where the kernel can be read in place: no scales, no identity
+    "width",  # channels of a packed row, a multiple of 4
+    "packed",  # (G, T, R, width) the acting kernel; nothing where it is read in place
+    "entered_parts", "entered_count",  # of the state
+    "image", "image_parts", "image_count",  # A v, in its saved layout
+    "back", "back_parts", "back_count",  # A^T u
+    "image_size", "vector_size",
+    "row_sums",  # gradient in the row scale, (blocks of channels, G R) float64
+    "column_sums",  # and in the column scale, (blocks of rows, G C)
+)  # fmt: skip
+_FIRST = len(FIELDS) + len(ADDED)
+
+
+def _field(name: str) -> tl.constexpr:
+    return tl.constexpr(_FIRST + OPERATOR_FIELDS.index(name))
+
+
+IN_POINTS, OUT_POINTS, VISITS = _field("in_points"), _field("out_points"), _field("visits")
+DIRECT, PACKED_WIDTH, PACKED = _field("direct"), _field("width"), _field("packed")
+ENTERED_PARTS, ENTERED_COUNT = _field("entered_parts"), _field("entered_count")
+IMAGE, IMAGE_PARTS, IMAGE_COUNT = _field("image"), _field("image_parts"), _field("image_count")
+BACK, BACK_PARTS, BACK_COUNT = _field("back"), _field("back_parts"), _field("back_count")
+IMAGE_SIZE, VECTOR_SIZE = _field("image_size"), _field("vector_size")
+ROW_SUMS, COLUMN_SUMS = _field("row_sums"), _field("column_sums")
+OPERATOR_WIDTH = tl.constexpr(_FIRST + len(OPERATOR_FIELDS))
+
+# Of a product's item: operator, group, first row, block of positions, first and last visit, piece,
+# shape of the tile, then residue and count of positions per axis.
+ITEM_WIDTH = tl.constexpr(14)
+
+# Shapes of tiles, (rows, positions): usual, few positions, few rows.
+SHAPES = ((64, 64), (64, 16), (16, 64))
+WIDE, FLAT, THIN = range(3)
+PIECE = 4096  # entries of a vector that one program squares or normalises
+TILE_WIDTH = tl.constexpr(10)  # of an item of the gradient
+
+
+@dataclass(frozen=True)
+class OperatorWork:
+    """What the launches read; tensors on the CPU, all but the descriptors int32.
+
+    Attributes:
+        operators: Descriptors, int64, ``(n, OPERATOR_WIDTH)``.
+        visits: ``(n, VISIT_WIDTH)``.
+        squares: (operator, piece) of the state, one per program of the first launch.
+        packing: (operator, group, block of rows, block of channels), likewise; those of operators
+            that are read in place do nothing.
+        images: Items of the products A v, ``(n, ITEM_WIDTH)``.
+        backs: Items of the products A^T u.
+        pieces: (operator, piece) of the longer of both vectors, one per program of the last launch.
+        workspace: Entries of the workspace, float32.
+    """
+
+    operators: Tensor
+    visits: Tensor
+    squares: Tensor
+    packing: Tensor
+    images: Tensor
+    backs: Tensor
+    pieces: Tensor
+    workspace: int
+
+
+def operator_work(table: OperatorTable) -> OperatorWork | None:
+    """The work of all operators that the table gives to power iteration; None if there are none."""
+    numbers = rows_of_engine(table, "operator")
+    if not numbers:
+        return None
+    planner = _Planner(table)
+    for number in numbers:
+        planner.add(number)
+    return planner.finished()
+
+
+def operator_tiles(table: OperatorTable) -> list[WeightTiles]:
+    """The gradient's tiles (operator_gradient.py), one entry per launch.
+
+    A tile lies within a group. Operators that share a weight but not its groups cannot share
+    tiles: each further way to group one takes a launch that adds.
+    """
+    numbers = rows_of_engine(table, "operator")
+    shared: dict[int, dict[tuple[int, int], list[int]]] = {}
+    for position, number in enumerate(numbers):
+        row = dict(zip(FIELDS, table.rows[number], strict=True))
+        shape = (row["groups"], row["rows"])
+        shared.setdefault(row["weight_slot"], {}).setdefault(shape, []).append(position)
+    launches = []
+    for turn in range(max(map(len, shared.values()), default=0)):
+        tiles, sharers = [], []
+        for slot, shapes in shared.items():
+            for (groups, rows), positions in list(shapes.items())[turn : turn + 1]:
+                channels = table.rows[numbers[positions[0]]][FIELDS.index("channels")]
+                side, first = gradient_side(rows, channels), len(sharers)
+                sharers += positions
+                small, adds = int(side == GRADIENT_SIDES[1]), int(turn > 0)
+                for g, r, c in itertools.product(
+                    range(groups), range(0, rows, side), range(0, channels, side)
+                ):
+                    span = [
+                        g * rows + r,
+                        g * rows + min(rows, r + side),
+                        c,
+                        min(channels, c + side),
+                    ]
+                    tiles.append([slot, first, len(sharers), *span, r // side, small, adds])
+        launches.append(
+            WeightTiles(
+                torch.tensor(tiles, dtype=torch.int32).reshape(-1, TILE_WIDTH.value),
+                torch.tensor(sharers, dtype=torch.int32),
+            )
+        )
+    return launches
+
+
+class _Planner:
+    def __init__(self, table: OperatorTable) -> None:
+        self.table, self.sums = table, scale_sums(table)[0]
+        self.operators: list[list[int]] = []
+        self.visits: list[list[int]] = []
+        self.squares: list[list[int]] = []
+        self.packing: list[list[int]] = []
+        self.products: tuple[list[tuple[int, list[int]]], ...] = ([], [])
+        self.pieces: list[list[int]] = []
+        self.workspace = 0
+
+    def _take(self, entries: int) -> int:
+        offset, self.workspace = self.workspace, self.workspace + -(-entries // 4) * 4
+        return offset
+
+    def add(self, number: int) -> None:
+        op, row = len(self.operators), dict(zip(FIELDS, self.table.rows[number], strict=True))
+        groups, rows, channels = row["groups"], row["rows"], row["channels"]
+        added = added_fields(self.table, number)
+        taps = added[1]
+        inputs, outputs = (math.prod(row[f"{e}_{a}"] for a in range(3)) for e in ("in", "out"))
+        sizes = [groups * channels * inputs, groups * rows * outputs]
+        vector, image = sizes[::-1] if row["transposed"] else sizes
+        sums = self.sums
+        direct = row["row_scale"] < 0 and row["column_scale"] < 0 and row["identity"] == 0
+        width = -(-channels // 4) * 4
+        first_visit = len(self.visits)
+        forward = self._product(op, groups, rows, channels, [forward_class(row)])
+        adjoint = self._product(op, groups, channels, rows, adjoint_classes(row))
+        image_items, back_items = (adjoint, forward) if row["transposed"] else (forward, adjoint)
+        pieces = -(-vector // PIECE)
+        for kind, found in enumerate((image_items, back_items)):
+            for piece, (cost, item) in enumerate(found):
+                self.products[kind].append((cost, [*item[:6], piece, *item[6:]]))
+        values = {
+            "in_points": inputs, "out_points": outputs, "visits": first_visit,
+            "direct": int(direct), "width": width,
+            "packed": self._take(groups * taps * rows * width),
+            "entered_parts": self._take(2 * pieces), "entered_count": pieces,
+            "image": self._take(image), "image_parts": self._take(2 * len(image_items)),
+            "image_count": len(image_items), "back": self._take(vector),
+            "back_parts": self._take(2 * len(back_items)), "back_count": len(back_items),
+            "image_size": image, "vector_size": vector, 
+            "row_sums": sums.get(row["row_scale"], (0, 0))[0],
+            "column_sums": sums.get(row["column_scale"], (0, 0))[0],
+        }  # fmt: skip
+        self.operators.append(
+            [*self.table.rows[number], *added, *(values[name] for name in OPERATOR_FIELDS)]
+        )
+        self.squares += [[op, piece] for piece in range(pieces)]
+        self.pieces += [[op, piece] for piece in range(-(-max(image, vector) // PIECE))]
+        self.packing += [
+            [op, g, r, c]
+            for g in range(groups)
+            for r in range(-(-rows // PACK_ROWS))
+            for c in range(-(-channels // PACK_CHANNELS))
+        ]
+
+    def _product(
+        self, op: int, groups: int, rows: int, inner: int, classes: list[PositionClass]
+    ) -> list[tuple[int, list[int]]]:
+        """Cost and item of every tile of one product with ``rows`` rows, a sum over ``inner``."""
+        items = []
+        for part in classes:
+            span = [len(self.visits), len(self.visits) + len(part.visits)]
+            self.visits += part.visits
+            positions = math.prod(part.counts)
+            few = positions <= SHAPES[FLAT][1]
+            shape = FLAT if few else THIN if rows <= SHAPES[THIN][0] else WIDE
+            height, width = SHAPES[shape]
+            cost = len(part.visits) * inner * height * width
+            items += [
+                (cost, [op, g, r, p, *span, shape, *part.residue, *part.counts])
+                for g in range(groups)
+                for r in range(0, rows, height)
+                for p in range(-(-positions // width))
+            ]
+        return items
+
+    def finished(self) -> OperatorWork:
+        def table(rows: list[list[int]], width: int) -> Tensor:
+            return torch.tensor(rows, dtype=torch.int32).reshape(-1, width)
+
+        # Long sums first, so that no program is left alone at the end.
+        products = [
+            table([item for _, item in sorted(found, key=lambda pair: -pair[0])], ITEM_WIDTH.value)
+            for found in self.products
+        ]
+        return OperatorWork(
+            torch.tensor(self.operators, dtype=torch.int64), table(self.visits, VISIT_WIDTH.value),
+            table(self.squares, 2), table(self.packing, 4), *products, table(self.pieces, 2),
+            self.workspace,
+        )  # fmt: skip

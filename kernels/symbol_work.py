@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""The symbol engine's work on one network: descriptors, work items and workspace, on the host.
+
+Everything depends on the operator table alone, never on the device: the same network has the same
+tiles, and with them the same bits, everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lmtfast.kernels.descriptor import ADDED
+from lmtfast.kernels.gradient_work import rows_of_engine
+from lmtfast.kernels.scale_work import added_fields
+from lmtfast.table import CANDIDATES, FIELDS, OperatorTable
+
+# Fields behind ADDED. Workspace offsets count float32; R rows, C channels, T taps, K = C T columns,
+# F candidates, and eight planes per vector: F real parts, then F imaginary ones.
+SYMBOL_FIELDS = (
+    "phases", "tap_table", "root_table", "grid_0", "grid_1", "grid_2",
+    "tiles",  # row tiles per group
+    "blocks",  # blocks of channels per group
+    "counter",  # of finished blocks, one per group, then one of finished groups; int32
+    "z",  # (G, 8, K) exp(-i w . tau_t) x_phase(t), in the weight's memory order
+    "z_scaled",  # the same times the column scale; the same place where there is none
+    "z_centre",  # (G, 8, R) identity times z at the centre tap; none without identity
+    "product",  # (G, 8, R) W diag(column scale) z
+    "image",  # (G, 8, R) y = A z
+    "carried",  # (G, 8, R) row scale times y, each tile times a power of two
+    "exponents",  # (G, tiles) of those powers
+    "partials",  # (G, tiles, 8, K) W^T carried
+    "adjoint",  # (G, 8, K) A^T y
+    "responses",  # (G, blocks, 8, T), then (G, 8, T): sums over channels of conj(A^T y) x
+    "turned",  # (G, 8, T) exp(-i w . tau_t) at the new frequency
+    "scratch",  # (G, SCRATCH_SIZE) float64 of the search over frequencies
+    "fresh",  # (G, F, 2 P C) the new x, not normalised
+    "lengths",  # (G, F) inverse length of x in the state
+    "values",  # (G, F) ||A z||
+)  # fmt: skip
+_FIRST = len(FIELDS) + len(ADDED)
+PHASES, TAP_TABLE, ROOT_TABLE = (tl.constexpr(_FIRST + i) for i in range(3))
+GRID_0, GRID_1, GRID_2 = (tl.constexpr(_FIRST + i) for i in range(3, 6))
+TILES, BLOCKS, COUNTER = (tl.constexpr(_FIRST + i) for i in range(6, 9))
+Z, Z_SCALED, Z_CENTRE = (tl.constexpr(_FIRST + i) for i in range(9, 12))
+PRODUCT, IMAGE, CARRIED, EXPONENTS = (tl.constexpr(_FIRST + i) for i in range(12, 16))
+PARTIALS, ADJOINT, RESPONSES, TURNED = (tl.constexpr(_FIRST + i) for i in range(16, 20))
+SCRATCH, FRESH, LENGTHS, VALUES = (tl.constexpr(_FIRST + i) for i in range(20, 24))
+SYMBOL_WIDTH = tl.constexpr(_FIRST + len(SYMBOL_FIELDS))
+
+F = tl.constexpr(CANDIDATES)
+PLANES = tl.constexpr(2 * CANDIDATES)
+TAP_WIDTH = tl.constexpr(4)  # of the tap table: offset per axis, phase
+
+TILE_ROWS = 32  # rows that a program of the pass takes at a time
+TILE_WEIGHTS = 1 << 16  # weights that it takes in all, about
+BLOCK_CHANNELS = 32  # channels per program of the last launch
+SCRATCH_SIZE = 8 * 16
+GRID_DENSITY, MAX_POINTS = 4, 4096  # as lmtfast/engines/frequency.py
+
+
+@dataclass(frozen=True)
+class SymbolWork:
+    """What the launches read; tensors on the CPU.
+
+    Attributes:
+        operators: Descriptors, int64, ``(n, SYMBOL_WIDTH)``.
+        tap_table: int32, per tap three offsets and a phase.
+        roots: float32, per axis of a grid of N points the N-th roots of one.
+        vectors: (operator, group, candidate) per program of the first launch.
+        tiles: (operator, group, tile, first row, last row) per program of the pass.
+        blocks: (operator, group, block of channels) per program of the last launch.
+        readings: The same, one per group, where nothing is to move.
+        workspace: Entries of the workspace, float32.
+        counters: Entries of the counters, int32.
+        bits: Binary digits of the largest offset.
+    """
+
+    operators: Tensor
+    tap_table: Tensor
+    roots: Tensor
+    vectors: Tensor
+    tiles: Tensor
+    blocks: Tensor
+    readings: Tensor
+    workspace: int
+    counters: int
+    bits: int
+
+
+def symbol_work(table: OperatorTable) -> SymbolWork | None:
+    """The work of all operators that the table gives to the symbol engine; None if there are
+    none."""
+    chosen = rows_of_engine(table, "symbol")
+    if not chosen:
+        return None
+    planner = _Planner(table)
+    for i in chosen:
+        planner.add(i)
+    return planner.finished()
+
+
+def rows_per_tile(rows: int, columns: int) -> int:
+    """Rows of one tile of the pass: whole multiples of TILE_ROWS, about TILE_WEIGHTS weights."""
+    wanted = max(1, TILE_WEIGHTS // (columns * TILE_ROWS))
+    return TILE_ROWS * min(wanted, -(-rows // TILE_ROWS))
+
+
+class _Planner:
+    def __init__(self, table: OperatorTable) -> None:
+        self.table = table
+        self.operators: list[list[int]] = []
+        self.taps: list[list[int]] = []
+        self.roots: list[float] = []
+        self.root_offsets: dict[tuple[int, ...], int] = {}
+        self.vectors: list[list[int]] = []
+        self.tiles: list[tuple[int, list[int]]] = []
+        self.blocks: list[list[int]] = []
+        self.readings: list[list[int]] = []
+        self.workspace = self.counters = self.largest = 0
+
+    def _take(self, entries: int) -> int:
+        """Offset of a new part of the workspace; parts start at multiples of 16 bytes."""
+        offset, self.workspace = self.workspace, self.workspace + -(-entries // 4) * 4
+        return offset
+
+    def add(self, number: int) -> None:
+        row = dict(zip(FIELDS, self.table.rows[number], strict=True))
+        groups, rows, channels = row["groups"], row["rows"], row["channels"]
+        added = added_fields(self.table, number)
+        taps = added[1]
+        columns = channels * taps
+        phases = math.prod(row[f"stride_{a}"] for a in range(3))
+        height = rows_per_tile(rows, columns)
+        tiles, blocks = -(-rows // height), -(-channels // BLOCK_CHANNELS)
+        grid = self._grid(row)
+        tap_table = len(self.taps)
+        self._add_taps(row)
+        counter, self.counters = self.counters, self.counters + groups + 1
+        z = self._take(groups * 8 * columns)
+        values = {
+            "phases": phases, "tap_table": tap_table * TAP_WIDTH.value,
+            "root_table": self._roots(grid), "grid_0": grid[0], "grid_1": grid[1],
+            "grid_2": grid[2], "tiles": tiles, "blocks": blocks, "counter": counter, "z": z,
+            "z_scaled": z if row["column_scale"] < 0 else self._take(groups * 8 * columns),
+            "z_centre": self._take(groups * 8 * rows) if row["identity"] else -1,
+            "product": self._take(groups * 8 * rows), "image": self._take(groups * 8 * rows),
+            "carried": self._take(groups * 8 * rows), "exponents": self._take(groups * tiles),
+            "partials": self._take(groups * tiles * 8 * columns),
+            "adjoint": self._take(groups * 8 * columns),
+            "responses": self._take(groups * (blocks + 1) * 8 * taps),
+            "turned": self._take(groups * 8 * taps),
+            "scratch": self._take(groups * 2 * SCRATCH_SIZE),
+            "fresh": self._take(groups * 8 * phases * channels),
+            "lengths": self._take(groups * CANDIDATES), "values": self._take(groups * CANDIDATES),
+        }  # fmt: skip
+        op = len(self.operators)
+        self.operators.append(
+            [*self.table.rows[number], *added, *(values[name] for name in SYMBOL_FIELDS)]
+        )
+        for g in range(groups):
+            self.vectors += [[op, g, f] for f in range(CANDIDATES)]
+            self.blocks += [[op, g, b] for b in range(blocks)]
+            self.readings.append([op, g, 0])
+            for tile in range(tiles):
+                first, last = tile * height, min(rows, (tile + 1) * height)
+                self.tiles.append(((last - first) * columns, [op, g, tile, first, last]))
+
+    def _add_taps(self, row: dict[str, int]) -> None:
+        """Offset per axis and phase of every tap, the last axis fastest (polyphase.tap_table)."""
+        parts = []
+        for a in range(3):
+            stride = row[f"stride_{a}"]
+            part = []
+            for t in range(row[f"kernel_{a}"]):
+                read = t * row[f"dilation_{a}"] - row[f"pad_low_{a}"]
+                part.append((t if stride == 1 else read // stride, read % stride, stride))
+            parts.append(part)
+        for q0, r0, _ in parts[0]:
+            for q1, r1, s1 in parts[1]:
+                for q2, r2, s2 in parts[2]:
+                    self.taps.append([q0, q1, q2, (r0 * s1 + r1) * s2 + r2])
+                    self.largest = max(self.largest, abs(q0), abs(q1), abs(q2))
+
+    def _grid(self, row: dict[str, int]) -> list[int]:
+        """Points per axis (frequency.grid_sizes), 1 on unused axes."""
+        sizes = []
+        for a in range(3):
+            k, s = row[f"kernel_{a}"], row[f"stride_{a}"]
+            d, low = row[f"dilation_{a}"], row[f"pad_low_{a}"]
+            degree = k - 1 if s == 1 else ((k - 1) * d - low) // s - (-low) // s
+            sizes.append(GRID_DENSITY * (degree + 1) if degree else 1)
+        while math.prod(sizes) > MAX_POINTS and max(sizes) > 8:
+            largest = sizes.index(max(sizes))
+            sizes[largest] = -(-sizes[largest] // 2)
+        return sizes
+
+    def _roots(self, grid: list[int]) -> int:
+        """Offset of the roots of one for the three axes, (cos, sin) pairs."""
+        key = tuple(grid)
+        if key not in self.root_offsets:
+            self.root_offsets[key] = len(self.roots)
+            for n in grid:
+                for i in range(n):
+                    angle = 2 * math.pi * i / n
+                    self.roots += [math.cos(angle), math.sin(angle)]
+        return self.root_offsets[key]
+
+    def finished(self) -> SymbolWork:
+        # Long tiles first, so that no program is left alone at the end.
+        tiles = [item for _, item in sorted(self.tiles, key=lambda pair: -pair[0])]
+        items = [torch.tensor(x, dtype=torch.int32) for x in (
+            self.vectors, tiles, self.blocks, self.readings,
+        )]  # fmt: skip
+        return SymbolWork(
+            torch.tensor(self.operators, dtype=torch.int64),
+            torch.tensor(self.taps, dtype=torch.int32),
+            torch.tensor(self.roots, dtype=torch.float32), *items, self.workspace, self.counters,
+            max(1, self.largest.bit_length()),
+        )  # fmt: skip
