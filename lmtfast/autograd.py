@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmtfast.backends.margin_choice import choose_margin_backend
 from lmtfast.backends.margin_step import MarginProblem, MarginStep, margin_step, margin_vjp
+from lmtfast.backends.pair_norm import without_autocast
 from lmtfast.engines.network import spectral_step, spectral_vjp
 from lmtfast.errors import ArgumentError
 
@@ -92,9 +93,11 @@ class SpectralNorms(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_order("NetworkBound")
         *tensors, jacobian, saved, rest = ctx.saved_tensors
-        grad = grad_sigmas + grad_values @ jacobian
         wanted = ctx.needs_input_grad[3:]
-        return (None, None, None, *spectral_vjp(ctx.plan, tensors, saved, rest, grad, wanted))
+        # The caller's autocast, which may be on around backward, would round products to bfloat16.
+        with without_autocast(grad_values.device):
+            grad = grad_sigmas + grad_values @ jacobian
+            return (None, None, None, *spectral_vjp(ctx.plan, tensors, saved, rest, grad, wanted))
 
 
 def spectral_norms(

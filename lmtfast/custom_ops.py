@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmtfast.backends.margin_choice import choose_margin_backend
 from lmtfast.backends.margin_step import MarginProblem, MarginStep, margin_step, margin_vjp
+from lmtfast.backends.pair_norm import without_autocast
 from lmtfast.engines.network import rest_size, spectral_step, spectral_vjp
 from lmtfast.errors import StalePlanError
 
@@ -86,7 +87,7 @@ def _eager_dispatch() -> Iterator[None]:
 
 
 def _step(tensors: Sequence[Tensor], state: Tensor, plan: str, update: bool) -> tuple[Tensor, ...]:
-    with _eager_dispatch(), torch.no_grad():
+    with _eager_dispatch(), torch.no_grad(), without_autocast(state.device):
         return tuple(spectral_step(_plan(plan), state, tensors, update=update))
 
 
@@ -110,7 +111,7 @@ def _vjp(
     plan: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    with _eager_dispatch(), torch.no_grad():
+    with _eager_dispatch(), torch.no_grad(), without_autocast(saved.device):
         grads = spectral_vjp(_plan(plan), tensors, saved, rest, grad_sigmas, wanted)
     # The layout is part of what the fake kernel promises.
     return [
@@ -145,9 +146,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_sigmas: Tensor, grad_values: Tensor, *_: Any) -> tuple[Any, ...]:
     *tensors, jacobian, saved, rest = ctx.saved_tensors
-    grads = torch.ops.lmtfast.spectral_vjp(
-        tensors, saved, rest, grad_sigmas + grad_values @ jacobian, ctx.plan, ctx.wanted
-    )
+    # Not a matrix product: autocast, which may be on around backward, would round it to bfloat16.
+    grad_sigmas = grad_sigmas + (grad_values[:, None] * jacobian).sum(0)
+    grads = torch.ops.lmtfast.spectral_vjp(tensors, saved, rest, grad_sigmas, ctx.plan, ctx.wanted)
     found = [g if want else None for g, want in zip(grads, ctx.wanted, strict=True)]
     return found, None, None, None
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -36,6 +36,13 @@ class PowerState(nn.Module):
         self.register_buffer("iterates", packed)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.reseed(seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PowerState:
+        """Follow a module that is moved, but stay float32 where it becomes float16 or bfloat16."""
+        super()._apply(fn, recurse)
+        if self.iterates.dtype in (torch.float16, torch.bfloat16):
+            self.iterates = self.iterates.float()
+        return self
 
     def reseed(self, seed: int) -> None:
         """Start again from independent Gaussian vectors of unit length."""

@@ -14,7 +14,7 @@ from torch.library import opcheck
 import lmtfast as lf
 from lmtfast.backends import available_backends, steps
 from lmtfast.backends.margin_step import MarginProblem
-from lmtfast.errors import StalePlanError
+from lmtfast.errors import DtypeError, ShapeError, StalePlanError
 
 SHAPE = (3, 8, 8)
 ENGINES = {"reference": frozenset(("operator", "symbol", "separable"))}
@@ -134,6 +134,29 @@ def test_autocast_does_not_reach_the_norms(backend: str) -> None:
     assert torch.equal(got.total, want.total)
 
 
+@pytest.mark.parametrize(("backend", "engine"), CASES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_around_backward_does_not_reach_the_gradient(
+    backend: str, engine: str, compiled: bool
+) -> None:
+    model = network()
+    bound = bound_of(model, backend, engine)
+
+    def gradient(enabled: bool) -> list[torch.Tensor]:
+        if compiled:
+            state = bound.state.iterates
+            tensors = bound._reader.tensors(torch.float32)
+            step = torch.ops.lmtfast.spectral_step(tensors, state, bound.plan.fingerprint, False)
+            total = step[1][1]
+        else:
+            total = bound(update=False).total
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return list(torch.autograd.grad(total, list(model.parameters()), allow_unused=True))
+
+    for got, want in zip(gradient(True), gradient(False), strict=True):
+        assert got is want is None or torch.allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("backend", ENGINES)
 def test_accumulated_gradients_add_up(backend: str) -> None:
     model = network()
@@ -187,6 +210,77 @@ def test_bfloat16_weights_give_float32_norms_and_bfloat16_gradients(backend: str
     torch.testing.assert_close(result.total, wide(update=False).total, rtol=1e-5, atol=0)
     result.total.backward()
     assert model[0].weight.grad.dtype == torch.bfloat16
+
+
+class Scaled(nn.Module):
+    """A convolution, and a factor per channel in the shape of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.gain = nn.Parameter(torch.tensor([0.5, -2.0, 3.0, 1.0]).reshape(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) * self.gain
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_narrow_factors_of_any_shape(backend: str) -> None:
+    model = Scaled().bfloat16()
+    bound = lf.NetworkBound(model, SHAPE, backend=backend)
+    result = bound(update=False)
+    wide = copy.deepcopy(bound)
+    wide._model[0].float()
+    torch.testing.assert_close(result.total, wide(update=False).total, rtol=1e-5, atol=0)
+    result.total.backward()
+    assert model.gain.grad.shape == (4, 1, 1)
+    assert model.gain.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bound_inside_a_module_follows_it_to_half_precision(
+    backend: str, dtype: torch.dtype
+) -> None:
+    model = network()
+    both = nn.ModuleDict({"model": model, "bound": lf.NetworkBound(model, SHAPE, backend=backend)})
+    want = both["bound"](update=False).total.item()
+    got = both.to(dtype)["bound"]()
+    assert got.total.dtype == torch.float32
+    assert got.total.item() == pytest.approx(want, rel=3e-2)
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no compiled core")
+def test_lazily_negated_tensors_are_read_with_their_sign() -> None:
+    from lmtfast.backends import native
+
+    weight, logits = torch.randn(3, 4), torch.randn(2, 3)
+    target, rows, factor = torch.tensor([0, 2]), torch.rand(3, 3), torch.ones(2)
+    want, got = (
+        native.margin_forward("lmt", z, target, target, rows, factor)[0]
+        for z in (-logits, torch._neg_view(logits))
+    )
+    assert torch.equal(want, got)
+    layer = nn.Linear(4, 3)
+    bound = lf.NetworkBound(layer, (4,), backend="native")
+    grads = []
+    for w in (-weight, torch._neg_view(weight)):
+        layer.weight = nn.Parameter(w)
+        grads += torch.autograd.grad(bound(update=False).total, layer.weight)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no compiled core")
+def test_a_gradient_of_other_vectors_is_refused() -> None:
+    bound = lf.NetworkBound(network(), SHAPE, backend="native")
+    tensors = [t.detach() for t in bound._reader.tensors(torch.float32)]
+    arguments = tensors, bound.state.iterates, bound.plan.fingerprint, False
+    sigmas, *_, saved, rest = torch.ops.lmtfast.spectral_step(*arguments)
+    for wrong in ((saved[1:], sigmas), (saved, sigmas[1:]), (saved, sigmas.double())):
+        with pytest.raises((ShapeError, DtypeError), match="Do this"):
+            torch.ops.lmtfast.spectral_vjp(
+                tensors, wrong[0], rest, wrong[1], bound.plan.fingerprint, [True] * len(tensors)
+            )
 
 
 def test_a_model_on_the_meta_device_is_traced_and_bounded_after_it_has_weights() -> None:

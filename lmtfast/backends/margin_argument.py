@@ -80,6 +80,7 @@ def check_tensor(
 
 def with_unit_columns(matrix: Tensor) -> Tensor:
     """The matrix itself where its rows are contiguous and do not overlap, else a copy."""
+    matrix = matrix.resolve_neg()
     columns = matrix.shape[1]
     fine = (columns == 1 or matrix.stride(1) == 1) and matrix.stride(0) >= columns
     return matrix if fine else matrix.contiguous()

@@ -86,10 +86,14 @@ def spectral_vjp(
         saved: As returned by it.
         grad_sigmas: Shape ``(R,)``, float32.
         wanted: Which tensors' gradients are wanted; the others' are None.
+
+    Raises:
+        DtypeError, ShapeError: ``saved`` or ``grad_sigmas`` is not as described.
     """
     views = [_dense(t) for t in tensors]
     grads, outputs = _gradients(views, wanted)
-    saved, grad_sigmas = saved.contiguous(), grad_sigmas.contiguous()
+    saved = _vector(saved, table.saved_size, "saved")
+    grad_sigmas = _vector(grad_sigmas, len(table.rows), "grad_sigmas")
     packed(table).vjp(
         _described(views), saved.data_ptr(), grad_sigmas.data_ptr(), outputs,
         torch.get_num_threads(),
@@ -143,9 +147,58 @@ def row_weight_vjp(
     return [g if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
 
 
+def power_vectors(
+    acting: Tensor, phase: Tensor, terms: Tensor, start: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Power steps on a convolution's symbol at many frequencies, for a rescan.
+
+    Args:
+        acting: Kernels with entries of modulus one at most, shape ``(G, rows, C, T)``, float32 on
+            the CPU.
+        phase: Phase number of every tap, shape ``(T,)``, int64.
+        terms: ``exp(-i w . tau_t)``, shape ``(N, T)`` complex64.
+        start: The unit vector that every iteration starts from, shape ``(P * C,)`` complex64.
+        steps: Power steps.
+
+    Returns:
+        Norm estimates ``(G, N)`` and unit vectors ``(G, N, P * C)`` complex.
+
+    Raises:
+        DtypeError: The kernels are not float32 on the CPU.
+        ShapeError: The sizes do not fit.
+
+    Guarantee:
+        None: power iteration estimates norms from below.
+    """
+    from lmtfast import _C
+
+    if acting.dtype != torch.float32 or not acting.is_cpu:
+        raise DtypeError(
+            "float32 kernels on the CPU", f"{acting.dtype} on {acting.device}", "power_vectors",
+            "use lmtfast.engines.frequency.power_vectors",
+        )  # fmt: skip
+    groups, rows, channels, taps = acting.shape
+    if terms.shape[1:] != (taps,) or phase.shape != (taps,) or start.numel() % channels:
+        got = f"{tuple(terms.shape)}, {tuple(phase.shape)}, {tuple(start.shape)}"
+        raise ShapeError(
+            f"terms (N, {taps}), phase ({taps},) and start (P * {channels},)", got,
+            "power_vectors", "build them as lmtfast.engines.frequency does",
+        )  # fmt: skip
+    acting, phase = acting.contiguous(), phase.contiguous()
+    terms, start = terms.to(torch.complex64).contiguous(), start.to(torch.complex64).contiguous()
+    norms = acting.new_empty(groups, terms.shape[0])
+    vectors = start.new_empty(*norms.shape, start.numel())
+    _C.power_vectors(
+        groups, rows, channels, taps, start.numel() // channels, terms.shape[0], steps,
+        acting.data_ptr(), phase.data_ptr(), terms.data_ptr(), start.data_ptr(), norms.data_ptr(),
+        vectors.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return norms, vectors
+
+
 def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds of features and logits ``(2,)`` and their derivatives in sigmas ``(2, R)``."""
-    sigmas = sigmas.contiguous()
+    sigmas = _vector(sigmas, len(table.rows), "sigmas")
     values, jacobian = sigmas.new_empty(2), sigmas.new_empty(2, len(table.rows))
     packed(table).compose(sigmas.data_ptr(), values.data_ptr(), jacobian.data_ptr())
     return values, jacobian
@@ -213,15 +266,18 @@ def _tap_major(t: Tensor) -> bool:
 
 def _dense(t: Tensor) -> Tensor:
     """The tensor in a dtype and a layout that the core reads; itself where it already is."""
-    if t.is_cpu and t.dtype is torch.float32 and t.is_contiguous():
+    if t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() and not t.is_neg():
         return t
     if not t.is_cpu:
         raise ShapeError(
             "tensors on the CPU", f"one on {t.device}", "the native backend",
             "move the model, or leave out backend=",
         )  # fmt: skip
-    t = t.detach()
-    if t.dtype not in DTYPES or (t.dtype == torch.bfloat16 and t.ndim < 2):
+    t = t.detach().resolve_neg()
+    # A vector, whatever its shape, may be a scale; those are float32.
+    if t.dtype not in DTYPES or (
+        t.dtype == torch.bfloat16 and t.numel() == max(t.shape, default=1)
+    ):
         if t.is_complex():
             raise DtypeError("real weights", str(t.dtype), "the native backend", "use reals")
         t = t.float()
