@@ -283,6 +283,18 @@ def test_a_gradient_of_other_vectors_is_refused() -> None:
             )
 
 
+@pytest.mark.skipif("native" not in ENGINES, reason="no compiled core")
+def test_weights_without_dense_data_are_refused() -> None:
+    layer = nn.Linear(4, 3)
+    bound = lf.NetworkBound(layer, (4,), backend="native")
+    sparse, freed = layer.weight.detach().to_sparse(), layer.weight.detach().clone()
+    freed.untyped_storage().resize_(0)
+    for weight, error in ((sparse, DtypeError), (freed, ShapeError)):
+        layer.weight = nn.Parameter(weight)
+        with pytest.raises(error, match="Do this"):
+            bound()
+
+
 def test_a_model_on_the_meta_device_is_traced_and_bounded_after_it_has_weights() -> None:
     model = network().to("meta")
     bound = lf.NetworkBound(model, SHAPE)

@@ -52,8 +52,8 @@ def spectral_step(
         ``update``; and what the gradient needs ``(saved_size,)``.
 
     Raises:
-        DtypeError: The state is not float32, or a tensor is neither real nor floating.
-        ShapeError: A tensor is not on the CPU, or the state has another size.
+        DtypeError: The state is not float32, or a tensor is complex or not dense.
+        ShapeError: A tensor is not on the CPU or has no data, or the state has another size.
 
     Guarantee:
         None: power iteration estimates norms from below.
@@ -266,13 +266,18 @@ def _tap_major(t: Tensor) -> bool:
 
 def _dense(t: Tensor) -> Tensor:
     """The tensor in a dtype and a layout that the core reads; itself where it already is."""
-    if t.is_cpu and t.dtype is torch.float32 and t.is_contiguous() and not t.is_neg():
+    strided = t.layout is torch.strided
+    if t.is_cpu and t.dtype is torch.float32 and strided and t.is_contiguous() and not t.is_neg():
         return t
     if not t.is_cpu:
         raise ShapeError(
             "tensors on the CPU", f"one on {t.device}", "the native backend",
             "move the model, or leave out backend=",
         )  # fmt: skip
+    if not strided:
+        raise DtypeError(
+            "dense tensors", str(t.layout), "the native backend", "convert them with to_dense()"
+        )
     t = t.detach().resolve_neg()
     # A vector, whatever its shape, may be a scale; those are float32.
     if t.dtype not in DTYPES or (
@@ -292,5 +297,11 @@ def _dense(t: Tensor) -> Tensor:
 def _described(views: Sequence[Tensor]) -> list[int]:
     flat: list[int] = []
     for t in views:
-        flat += (t.data_ptr(), DTYPES[t.dtype], t.numel(), _tap_major(t))
+        address = t.data_ptr()
+        if address == 0 and t.numel() > 0:
+            raise ShapeError(
+                "tensors with data", f"one of shape {tuple(t.shape)} whose storage was freed",
+                "the native backend", "gather sharded parameters before calling the bound",
+            )  # fmt: skip
+        flat += (address, DTYPES[t.dtype], t.numel(), _tap_major(t))
     return flat
