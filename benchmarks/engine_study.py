@@ -35,9 +35,10 @@ import lmtfast as lf
 from benchmarks.engine_costs import COST_COLUMNS, measure
 from benchmarks.engine_report import MACHINE_COLUMNS, write_report
 from benchmarks.machine import header
+from benchmarks.symbol_supremum import supremum
 from lmtfast.config import TrainConfig
 from lmtfast.data import Dataset, batches, load_dataset
-from lmtfast.engines import get_engine, polyphase
+from lmtfast.engines import polyphase
 from lmtfast.engines.network import CLOSED_FORM
 from lmtfast.estimation import NetworkBound
 from lmtfast.graph import Operator, Region
@@ -49,8 +50,6 @@ from lmtfast.verified.region import lanczos_norm
 from lmtfast.weights import Weights, named_tensors
 
 LANCZOS_STEPS = 400
-# A symbol norm counts as the supremum once ten alternations gain less than this fraction.
-SETTLED, SUPREMUM_STEPS = 2e-5, 400
 FIRST_PROBE = 50
 
 
@@ -174,21 +173,6 @@ def positions(operator: Operator) -> int:
     """Output positions of a convolution's forward stencil; 1 for a matrix."""
     form = polyphase.conv_form(operator) if isinstance(operator, Region) else None
     return 1 if form is None else math.prod(form.out_extent)
-
-
-@torch.no_grad()
-def supremum(region: Region, weights: Weights, state: torch.Tensor) -> float:
-    """Largest symbol norm that a fresh scan or the tracked state climbs to, in float64."""
-    engine = get_engine("symbol")
-    found, reached = engine.rescan(region, weights, state.double()), 0.0
-    for done in range(SUPREMUM_STEPS):
-        result = engine.step(region, weights, found, update=True)
-        found = result.state
-        if done % 10 == 0:
-            before, reached = reached, float(result.sigma)
-            if reached <= before * (1.0 + SETTLED):
-                break
-    return reached
 
 
 @torch.no_grad()

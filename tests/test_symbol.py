@@ -209,7 +209,7 @@ def stuck(region: Region) -> torch.Tensor:
     x = torch.zeros(1, symbol.CANDIDATES, 2, dtype=torch.complex128)
     x[..., 0] = 1.0
     w = torch.zeros(1, symbol.CANDIDATES, 2, dtype=torch.float64)
-    return symbol._pack(w, x, torch.zeros(1, form.axes, dtype=torch.float64))
+    return symbol.pack(w, x, torch.zeros(1, form.axes, dtype=torch.float64))
 
 
 def test_rescan_leaves_a_dominated_candidate() -> None:

@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
       "C ABI of lmtfast over integer addresses. Not for direct use: call lmtfast.backends.native.";
   m.attr("ABI_VERSION") = lmtfast_abi_version();
   lmtfast::python::bind_pair_norm(m);
+  lmtfast::python::bind_power_vectors(m);
   lmtfast::python::bind_spectral(m);
   auto cuda = m.def_submodule("cuda", "The CUDA entry points; see lmtfast.backends.cuda.");
   cuda.attr("DEVICE") = "cuda";

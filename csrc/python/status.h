@@ -24,6 +24,7 @@ inline void raise_unless_ok(lmtfast_status status) {
 void bind_cuda(pybind11::module_& m);
 void bind_cuda_spectral(pybind11::module_& m);
 void bind_pair_norm(pybind11::module_& m);
+void bind_power_vectors(pybind11::module_& m);
 void bind_spectral(pybind11::module_& m);
 
 }  // namespace lmtfast::python

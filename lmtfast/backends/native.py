@@ -15,12 +15,18 @@ from lmtfast.backends.margin_argument import (
     check_tensor,
     with_unit_columns,
 )
-from lmtfast.backends.native_spectral import STEPS, compose, spectral_step, spectral_vjp
+from lmtfast.backends.native_spectral import (
+    STEPS,
+    compose,
+    power_vectors,
+    spectral_step,
+    spectral_vjp,
+)
 from lmtfast.errors import ArgumentError, BackendUnavailableError
 
 __all__ = [
     "STEPS", "available", "compose", "margin_backward", "margin_forward", "pair_norm_forward",
-    "pair_norm_vjp", "spectral_step", "spectral_vjp",
+    "pair_norm_vjp", "power_vectors", "spectral_step", "spectral_vjp",
 ]  # fmt: skip
 
 # Imported after torch on purpose: both then share one OpenMP runtime and its warm threads.
@@ -161,7 +167,7 @@ def pair_norm_forward(weight: Tensor, classes: Tensor | None) -> Tensor:
     if head is None:
         return pair_norm.pair_norm_forward(weight, classes)
     problem, _, (u, k) = head
-    norms = torch.empty(u, k, dtype=torch.float32)
+    norms = weight.new_empty(u, k, dtype=torch.float32)
     _call(problem.forward, norms, num_threads=torch.get_num_threads())
     return norms
 

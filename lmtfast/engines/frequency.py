@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lmtfast.engines.polyphase import axis_offsets, degrees, polar
+from lmtfast.engines.polyphase import axis_offsets, degrees, polar, tap_table
 from lmtfast.table import Stencil
 
-# Grid points per axis and degree: neighbours closer than a sixth of the finest oscillation.
+# Grid points per axis and degree. A scan only has to land in the reach of every peak.
 GRID_DENSITY = 4
-SCAN_DENSITY = 6
+SCAN_DENSITY = 3
 # Points of one grid; beyond it the grid coarsens and Newton steps do the rest.
 MAX_POINTS = 4096
 # Power steps at each frequency of a scan, and complex numbers held at once.
@@ -105,39 +107,42 @@ def _newton(response: Tensor, w: Tensor, table: Tensor) -> Tensor:
     return torch.remainder(w + math.pi, 2 * math.pi) - math.pi
 
 
+# The arguments and results of :func:`power_vectors`.
+PowerVectors: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
 def scan_candidates(
-    form: Stencil, acting: Tensor, table: Tensor, phase: Tensor, count: int
+    form: Stencil,
+    acting: Tensor,
+    count: int,
+    power: PowerVectors | None = None,
+    *,
+    density: int = SCAN_DENSITY,
+    steps: int = SCAN_STEPS,
 ) -> tuple[Tensor, Tensor]:
     """The ``count`` best separated frequencies of a grid with power vectors, per group.
 
     Args:
         form: Geometry of the taps.
-        acting: Kernel, shape ``(G, rows, C, T)``.
-        table: Offsets, shape ``(T, axes)``.
-        phase: Phase numbers, shape ``(T,)``.
+        acting: Kernels, shape ``(G, rows, C, T)``; operators of one form may share a call.
         count: Candidates wanted.
+        power: What runs the power iterations; None: :func:`power_vectors`.
+        density: Grid points per axis and degree.
+        steps: Power steps at each of them.
 
     Returns:
         Frequencies ``(G, count, axes)`` and unit vectors ``(G, count, P * C)`` complex.
     """
-    sizes = grid_sizes(form, SCAN_DENSITY)
+    sizes = grid_sizes(form, density)
     # Weights are real, so w and -w share their singular values: half of the first axis is enough.
     points = torch.arange((sizes[0] // 2 + 1) * math.prod(sizes[1:]), device=acting.device)
     grid = grid_frequencies(points, sizes, acting.dtype)  # (N, axes)
-    member = phase[:, None] == torch.arange(form.phases, device=acting.device)
-    width = form.phases * form.channels
-    chunk = max(1, SCAN_ENTRIES // max(1, form.groups * form.rows * width))
-    norms, vectors = [], []
-    for part in grid.split(chunk):
-        mixing = response_phases(part, table).unsqueeze(-1) * member.to(acting.dtype)  # (N, T, P)
-        flat = torch.view_as_real(mixing.transpose(0, 1).contiguous()).reshape(form.taps, -1)
-        parts = (acting @ flat).unflatten(-1, (part.shape[0], form.phases, 2))
-        symbol = torch.view_as_complex(parts.contiguous())  # (G, rows, C, N, P)
-        symbol = symbol.permute(0, 3, 1, 4, 2).flatten(-2)  # (G, N, rows, P * C)
-        norm, x = _power(symbol)
-        norms.append(norm)
-        vectors.append(x)
-    value, x = torch.cat(norms, 1), torch.cat(vectors, 1)
+    largest = acting.abs().amax((1, 2, 3), keepdim=True)
+    scaled = acting / largest.where(largest > 0, 1.0)  # no product of power steps overflows
+    table, phase = tap_table(form, acting.device)
+    start = start_vector(form.phases * form.channels, acting)
+    terms = response_phases(grid, table)
+    value, x = (power or power_vectors)(scaled, phase, terms, start, steps)
     # Two peaks closer than half the width of one are one.
     separation = torch.tensor([math.pi / (d + 1) for d in degrees(form)], dtype=grid.dtype)
     separation = separation.to(grid.device)
@@ -146,21 +151,63 @@ def scan_candidates(
         best = value.argmax(-1)
         found_w.append(grid[best])
         found_x.append(x.take_along_dim(best[:, None, None], 1)[:, 0])
-        gap = torch.remainder(grid - grid[best][:, None] + math.pi, 2 * math.pi) - math.pi
-        value = torch.where((gap.abs() < separation).all(-1), value - value.abs() - 1, value)
+        near = _near(grid, found_w[-1], separation) | _near(grid, -found_w[-1], separation)
+        value = torch.where(near, value - value.abs() - 1, value)
     return torch.stack(found_w, 1), torch.stack(found_x, 1)
 
 
-def _power(symbol: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm estimates ``(G, N)`` and unit vectors ``(G, N, n)`` of matrices ``(G, N, m, n)``."""
-    # A quadratic phase is flat in every coordinate and smooth in none; no generator is needed.
-    n = symbol.shape[-1]
-    angle = torch.arange(n, device=symbol.device).to(symbol.real.dtype).square() * math.sqrt(2.0)
-    x = torch.polar(torch.full_like(angle, n**-0.5), angle % (2 * math.pi))
-    x = x.expand(*symbol.shape[:2], n).unsqueeze(-1)
-    adjoint = symbol.mH
-    for _ in range(SCAN_STEPS):
-        _, u = polar((symbol @ x).squeeze(-1))
-        _, v = polar((adjoint @ u.unsqueeze(-1)).squeeze(-1))
-        x = v.unsqueeze(-1)
-    return polar((symbol @ x).squeeze(-1))[0], x.squeeze(-1)
+def _near(grid: Tensor, w: Tensor, separation: Tensor) -> Tensor:
+    """Which frequencies ``(N, axes)`` lie within the separation of w ``(G, axes)``."""
+    gap = torch.remainder(grid - w[:, None] + math.pi, 2 * math.pi) - math.pi
+    return (gap.abs() < separation).all(-1)
+
+
+def power_vectors(
+    acting: Tensor, phase: Tensor, terms: Tensor, start: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Power steps on ``A(w) = sum_t W_t terms[w, t]`` at many frequencies.
+
+    Args:
+        acting: Kernels with entries of modulus one at most, shape ``(G, rows, C, T)``.
+        phase: Phase number of every tap, shape ``(T,)``, int64.
+        terms: ``exp(-i w . tau_t)``, shape ``(N, T)`` complex.
+        start: The unit vector that every iteration starts from, shape ``(P * C,)`` complex.
+        steps: Power steps.
+
+    Returns:
+        Norm estimates ``(G, N)`` and unit vectors ``(G, N, P * C)`` complex.
+    """
+    groups, rows, channels, taps = acting.shape
+    phases = start.numel() // channels
+    member = (phase[:, None] == torch.arange(phases, device=phase.device)).to(acting.dtype)
+    chunk = max(1, SCAN_ENTRIES // max(1, groups * rows * start.numel()))
+    norms, vectors = [], []
+    for part in terms.split(chunk):
+        mixing = (part.unsqueeze(-1) * member).transpose(0, 1).contiguous()  # (T, N, P)
+        flat = torch.view_as_real(mixing).reshape(taps, -1)
+        parts = (acting @ flat).unflatten(-1, (part.shape[0], phases, 2))
+        symbol = torch.view_as_complex(parts.contiguous())  # (G, rows, C, N, P)
+        symbol = symbol.permute(0, 3, 1, 4, 2).flatten(-2)  # (G, N, rows, P * C)
+        norm, x = _power(symbol.flatten(0, 1), start, steps)
+        norms.append(norm.unflatten(0, symbol.shape[:2]))
+        vectors.append(x.unflatten(0, symbol.shape[:2]))
+    return torch.cat(norms, 1), torch.cat(vectors, 1)
+
+
+def _power(symbol: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Norm estimates ``(B,)`` and unit vectors ``(B, n)`` of matrices ``(B, m, n)``."""
+    x = start.expand(symbol.shape[0], -1)
+    for _ in range(steps):
+        image = symbol @ x.unsqueeze(-1)
+        # u^H A, so that u and not the matrix is conjugated and copied.
+        back = (image.mH.resolve_conj() @ symbol).squeeze(1).conj().resolve_conj()
+        length, back = polar(back)
+        x = torch.where((length > 0).unsqueeze(-1), back, x)
+    return polar((symbol @ x.unsqueeze(-1)).squeeze(-1))[0], x
+
+
+def start_vector(n: int, like: Tensor) -> Tensor:
+    """A unit vector ``(n,)`` that is flat in every coordinate and smooth in none; complex."""
+    # A quadratic phase; no generator is needed.
+    angle = torch.arange(n, device=like.device).to(like.dtype).square() * math.sqrt(2.0)
+    return torch.polar(torch.full_like(angle, n**-0.5), angle % (2 * math.pi))

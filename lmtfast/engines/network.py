@@ -8,7 +8,8 @@ run one by one on the reference engines.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from lmtfast.backends import backend_module
 from lmtfast.backends.reference import Leaves
 from lmtfast.composing import compose_with_jacobian
-from lmtfast.engines import get_engine
+from lmtfast.engines import get_engine, symbol
 from lmtfast.graph import Operator, Region, Shape, Slope, WeightRef, leaf_refs
 
 if TYPE_CHECKING:
@@ -109,14 +110,34 @@ def rest_size(plan: BoundPlan) -> int:
 
 
 def rescan_iterates(plan: BoundPlan, state: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Fresh iterates found by a full search at the present weights. Shape of ``state``."""
+    """Fresh iterates found by a full search at the present weights. Shape of ``state``.
+
+    Every engine's ``rescan`` defines it. Where the backend compiles the symbol engine, regions of
+    one shape are scanned together, and the steps after the scan are the compiled ones.
+    """
     weights = Leaves(_leaves(plan, tensors, state.dtype))
     found = state.clone()
+    parts = [slice(*ends) for ends in pairwise(plan.state_offsets)]
+    compiled = set(plan.table.compiled)
+    alike: dict[Hashable, list[tuple[slice, Region]]] = {}
     for i, (operator, name) in enumerate(zip(plan.operators, plan.engines, strict=True)):
-        if name != CLOSED_FORM and isinstance(operator, Region):
-            part = slice(plan.state_offsets[i], plan.state_offsets[i + 1])
-            new = get_engine(name, plan.backend).rescan(operator, weights, state[part].clone())
-            found[part] = torch.where(new.isfinite(), new.to(state.dtype), state[part])
+        if name == CLOSED_FORM or not isinstance(operator, Region):
+            continue
+        part = parts[i]
+        if name == symbol.name and i in compiled:
+            alike.setdefault(symbol.shape_key(operator), []).append((part, operator))
+            continue
+        new = get_engine(name, plan.backend).rescan(operator, weights, state[part].clone())
+        found[part] = torch.where(new.isfinite(), new.to(state.dtype), state[part])
+    module = backend_module(plan.backend)
+    power = getattr(module, "power_vectors", None)
+    for same in alike.values():
+        regions, before = [r for _, r in same], [state[part] for part, _ in same]
+        fresh = symbol.reseed(regions, weights, before, power)
+        for (part, _), new in zip(same, fresh, strict=True):
+            found[part] = new
+    for _ in range(symbol.REFINE if alike else 0):
+        found = module.spectral_step(plan.table, tensors, found, update=True)[1]
     return found
 
 

@@ -24,12 +24,18 @@ Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from lmtfast.engines import polyphase
-from lmtfast.engines.frequency import improve, response_phases, scan_candidates
+from lmtfast.engines.frequency import (
+    PowerVectors,
+    improve,
+    response_phases,
+    scan_candidates,
+)
 from lmtfast.engines.polyphase import conv_form, polar, tap_table
 from lmtfast.engines.step import Saved, Step
 from lmtfast.graph import Region, Shape, WeightRef
@@ -98,7 +104,7 @@ def _unpack(form: Stencil, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _pack(w: Tensor, x: Tensor, anchor: Tensor) -> Tensor:
+def pack(w: Tensor, x: Tensor, anchor: Tensor) -> Tensor:
     """The inverse of :func:`_unpack`."""
     circle = torch.stack((w.cos(), w.sin()), -1).flatten(-2)
     rows = torch.cat((circle, torch.view_as_real(x).flatten(-2)), -1).flatten(-2)
@@ -157,7 +163,7 @@ def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> St
     reached, new_x = polar(_gather_phases(form, taps, new_w, table, phase))
     usable = ((reached > 0) & reached.isfinite()).unsqueeze(-1)
     new_w, new_x = torch.where(usable, new_w, w), torch.where(usable, new_x, x)
-    packed = _pack(*_explore(form, new_w, new_x, anchor, values, reached))
+    packed = pack(*_explore(form, new_w, new_x, anchor, values, reached))
     return Step(sigma, packed.to(state.dtype), saved)
 
 
@@ -200,19 +206,52 @@ def rescan(region: Region, weights: Weights, state: Tensor, *, refine: int = REF
     Returns:
         A state whose sigma is not below that of ``state``, up to rounding.
     """
-    form = conv_form(region)
-    assert form is not None
-    acting = polyphase.kernel(region, weights).detach()
-    w, x, anchor = _unpack(form, state.to(acting.dtype))
-    table, phase = tap_table(form, acting.device)
-    values, _ = polar(_apply(acting.flatten(-2), _tap_vectors(form, w, x, table, phase)))
-    best = values.argmax(-1)[:, None, None]
-    found_w, found_x = scan_candidates(form, acting, table, phase, CANDIDATES - 1)
-    # The last slot is the explorer's: the best old candidate must not be lost there.
-    new_w = torch.cat((w.take_along_dim(best, 1), found_w), 1)
-    new_x = torch.cat((x.take_along_dim(best, 1), found_x), 1)
-    packed = _pack(new_w, new_x, anchor).to(state.dtype)
-    state = torch.where(packed.isfinite(), packed, state)
+    (state,) = reseed([region], weights, [state])
     for _ in range(refine):
         state = step(region, weights, state, update=True).state
     return state
+
+
+@torch.no_grad()
+def reseed(
+    regions: Sequence[Region],
+    weights: Weights,
+    states: Sequence[Tensor],
+    power: PowerVectors | None = None,
+) -> list[Tensor]:
+    """What :func:`rescan` does before its steps, for regions whose kernels have one form.
+
+    Args:
+        regions: Ones that the engine does not refuse, of one :func:`shape_key`.
+        weights: Resolved in the states' dtype.
+        states: Packed states. Not modified.
+        power: What runs the power iterations; None: the reference.
+
+    Returns:
+        Packed states: the best candidate of the old ones, then those of the scan. A state whose
+        search is not finite stays.
+    """
+    forms = [conv_form(region) for region in regions]
+    form = forms[0]
+    assert form is not None
+    acting = torch.cat([polyphase.kernel(region, weights).detach() for region in regions])
+    parts = [_unpack(f, s.to(acting.dtype)) for f, s in zip(forms, states, strict=True) if f]
+    w, x, anchor = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    table, phase = tap_table(form, acting.device)
+    values, _ = polar(_apply(acting.flatten(-2), _tap_vectors(form, w, x, table, phase)))
+    best = values.argmax(-1)[:, None, None]
+    found_w, found_x = scan_candidates(form, acting, CANDIDATES - 1, power)
+    # The last slot is the explorer's: the best old candidate must not be lost there.
+    w = torch.cat((w.take_along_dim(best, 1), found_w), 1)
+    x = torch.cat((x.take_along_dim(best, 1), found_x), 1)
+    packed = pack(w, x, anchor).split([s.numel() for s in states])
+    fresh = [p.to(s.dtype) for p, s in zip(packed, states, strict=True)]
+    return [torch.where(p.isfinite().all(), p, s) for p, s in zip(fresh, states, strict=True)]
+
+
+def shape_key(region: Region) -> Hashable:
+    """Equal for regions whose kernels one scan can take together."""
+    form = conv_form(region)
+    assert form is not None
+    shape = (form.rows, form.channels, form.kernel)
+    return (*shape, form.stride, form.dilation, form.padding)

@@ -180,6 +180,27 @@ LMTFAST_API lmtfast_status lmtfast_weight_vjp(const lmtfast_network* network, in
                                               const float* u, const float* v,
                                               const lmtfast_tensor* grads, int64_t num_threads);
 
+/* Sizes of lmtfast_power_vectors. */
+typedef struct lmtfast_power_problem {
+  int64_t groups;
+  int64_t rows;
+  int64_t channels;
+  int64_t taps;
+  int64_t phases;
+  int64_t frequencies;
+  int64_t steps;
+} lmtfast_power_problem;
+
+/* Power steps on A(w) = sum over taps of W_t terms[w, t] at many frequencies, from one start: norm
+ * estimates (groups, frequencies) and unit vectors (groups, frequencies, phases * channels, 2).
+ * acting (groups, rows, channels, taps) is of modulus one at most, phase (taps) says which part of
+ * the vector a tap reads, terms (frequencies, taps, 2) and start (phases * channels, 2) are pairs
+ * (re, im). */
+LMTFAST_API lmtfast_status lmtfast_power_vectors(const lmtfast_power_problem* problem,
+                                                 const float* acting, const int64_t* phase,
+                                                 const float* terms, const float* start,
+                                                 float* norms, float* vectors, int64_t num_threads);
+
 /* Runs the tape: values (2) are the bounds of features and logits, jacobian (2, n_rows) their
  * derivatives in the norms. Where an operand of hypot or max ties or vanishes, the derivative is
  * the one PyTorch takes: half to each side of a tie, zero at the origin. */

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""The supremum of a symbol's norm, searched for more thoroughly than any rescan does."""
+
+from __future__ import annotations
+
+import torch
+
+from lmtfast.engines import polyphase, symbol
+from lmtfast.engines.frequency import SCAN_DENSITY, SCAN_STEPS, scan_candidates
+from lmtfast.graph import Region
+from lmtfast.table import CANDIDATES
+from lmtfast.weights import Weights
+
+# A symbol norm counts as the supremum once ten alternations gain less than this fraction.
+SETTLED, SUPREMUM_STEPS = 2e-5, 400
+# Triples of peaks that the search climbs.
+TRIPLES = 3
+
+
+@torch.no_grad()
+def supremum(region: Region, weights: Weights, state: torch.Tensor) -> float:
+    """Largest symbol norm that the tracked state or a thorough search climbs to, in float64.
+
+    The search has a grid twice as fine as a rescan's, more power steps, and three times as many
+    peaks, so that it does not overlook what a rescan overlooks.
+    """
+    form = polyphase.conv_form(region)
+    assert form is not None
+    acting = polyphase.kernel(region, weights).detach()
+    count = TRIPLES * (CANDIDATES - 1)
+    w, x = scan_candidates(form, acting, count, density=2 * SCAN_DENSITY, steps=4 * SCAN_STEPS)
+    anchor, starts = w.new_zeros(form.groups, form.axes), [state.double()]
+    for own_w, own_x in zip(w.split(CANDIDATES - 1, 1), x.split(CANDIDATES - 1, 1), strict=True):
+        # The last slot is the explorer's, so the first peak takes it as well.
+        w_of, x_of = torch.cat((own_w, own_w[:, :1]), 1), torch.cat((own_x, own_x[:, :1]), 1)
+        starts.append(symbol.pack(w_of, x_of, anchor))
+    return max(climbed(region, weights, start) for start in starts)
+
+
+def climbed(region: Region, weights: Weights, state: torch.Tensor) -> float:
+    """The norm at which the alternation settles."""
+    reached = 0.0
+    for done in range(SUPREMUM_STEPS):
+        result = symbol.step(region, weights, state, update=True)
+        state = result.state
+        if done % 10 == 0:
+            before, reached = reached, float(result.sigma)
+            if reached <= before * (1.0 + SETTLED):
+                break
+    return reached
