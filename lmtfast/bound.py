@@ -96,7 +96,8 @@ class LipschitzBound:
                 "one vector of logits per sample", "an output of another shape",
                 "LipschitzBound.pairs", "use total, which bounds outputs of any shape",
             )  # fmt: skip
-        norms = self.pair_norms(torch.arange(self.classes))
+        device = None if self.head_weight is None else self.head_weight.device
+        norms = self.pair_norms(torch.arange(self.classes, device=device))
         scale = self.features if self.head_weight is not None else self.total
         if self.level == "estimate":
             return norms * scale

@@ -46,12 +46,12 @@ class PowerState(nn.Module):
 
     def reseed(self, seed: int) -> None:
         """Start again from independent Gaussian vectors of unit length."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         parts = []
         for size in self.sizes:
-            part = torch.randn(size, generator=generator, dtype=torch.float64)
+            part = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
             parts.append(part / part.norm().clamp_min(torch.finfo(torch.float64).tiny))
-        packed = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        packed = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
         if not self.iterates.is_meta:
             self.iterates.copy_(packed)
             self.steps.zero_()

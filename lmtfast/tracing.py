@@ -58,7 +58,9 @@ def trace_model(model: nn.Module, input_shape: Sequence[int]) -> TracedModel:
     """Export a model and apply the Lipschitz rules to every call."""
     shape = check_input_shape(input_shape)
     program = export_program(model, shape)
-    return TracedModel(program, ProgramWalk(model, program, shape).run())
+    # Rules find out on probes what a call does; a default device must not take part in that.
+    with torch.device("cpu"):
+        return TracedModel(program, ProgramWalk(model, program, shape).run())
 
 
 class ProgramWalk:

@@ -238,6 +238,22 @@ def test_narrow_factors_of_any_shape(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("engine", ["operator", "separable"])
+def test_the_default_device_does_not_matter(backend: str, engine: str) -> None:
+    """Memory beside the model's would be a wild address to a compiled kernel."""
+    model, x, y = network(), torch.randn(4, *SHAPE), torch.tensor([0, 1, 2, 3])
+    results = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            bound = bound_of(model, backend, engine)
+            norms = bound()
+            loss = lf.margin_cross_entropy(model(x), y, norms, eps=36 / 255)
+            loss.backward()
+            results.append([loss, norms.pairs, *gradients(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_bound_inside_a_module_follows_it_to_half_precision(
     backend: str, dtype: torch.dtype
