@@ -90,6 +90,13 @@ lmtfast_status lmtfast_cuda_capability(int64_t device, int64_t* capability) {
   });
 }
 
+lmtfast_status lmtfast_cuda_shared_bytes(int64_t device, int64_t* bytes) {
+  return lmtfast::guarded([&] {
+    require_buffer(bytes, 1, "bytes");
+    *bytes = lmtfast::cuda::shared_bytes(device);
+  });
+}
+
 lmtfast_status lmtfast_cuda_margin_cross_entropy_forward(
     const lmtfast_margin_cross_entropy* problem, void* loss, void* dlogits, void* scale,
     void* stream) {

@@ -43,13 +43,14 @@ void require_grads(const lmtfast_tensor* tensors, const lmtfast_tensor* grads, i
 
 }  // namespace
 
-lmtfast_status lmtfast_cuda_plan(const lmtfast_network* network, int64_t* table, int64_t capacity,
-                                 int64_t* table_size, int64_t* workspace_bytes) {
+lmtfast_status lmtfast_cuda_plan(const lmtfast_network* network, int64_t shared_bytes,
+                                 int64_t* table, int64_t capacity, int64_t* table_size,
+                                 int64_t* workspace_bytes) {
   return lmtfast::guarded([&] {
     require(network != nullptr, "a network", 0, "network");
     require_buffer(table_size, 1, "table_size");
     require_buffer(workspace_bytes, 1, "workspace_bytes");
-    const auto plan = lmtfast::cuda::make_plan(*network);
+    const auto plan = lmtfast::cuda::make_plan(*network, shared_bytes);
     const auto size = static_cast<int64_t>(plan.size());
     if (table != nullptr) {
       require(capacity >= size, "room for the table", capacity, "capacity");

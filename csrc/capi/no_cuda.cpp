@@ -37,7 +37,10 @@ lmtfast_status lmtfast_cuda_pair_norm_vjp(const lmtfast_pair_norm*, const void*,
   return refuse();
 }
 
-lmtfast_status lmtfast_cuda_plan(const lmtfast_network*, int64_t*, int64_t, int64_t*, int64_t*) {
+lmtfast_status lmtfast_cuda_shared_bytes(int64_t, int64_t*) { return refuse(); }
+
+lmtfast_status lmtfast_cuda_plan(const lmtfast_network*, int64_t, int64_t*, int64_t, int64_t*,
+                                 int64_t*) {
   return refuse();
 }
 

@@ -40,6 +40,13 @@
 #define LMTFAST_ALIGNED(pointer, bytes) static_cast<void>(0)
 #endif
 
+// On a device: an integer that the compiler may not know more of, nor of what follows from it.
+#if defined(__CUDA_ARCH__)
+#define LMTFAST_OPAQUE(x) asm volatile("" : "+r"(x))
+#else
+#define LMTFAST_OPAQUE(x) static_cast<void>(x)
+#endif
+
 // LMTFAST_LAUNCH((kernel<T, 4>), grid, block, shared_bytes, stream, arguments...): the only way
 // kernels are started. A grid of no blocks is no work.
 #define LMTFAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -67,7 +74,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   }
 #else
   // 48 KiB, less what a kernel may have of static shared memory.
-  constexpr size_t kWithoutAsking = 40 << 10;
+  constexpr size_t kWithoutAsking = 24 << 10;
   if (shared_bytes > kWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),

@@ -22,6 +22,12 @@ int64_t capability(int64_t device) {
   return result;
 }
 
+int64_t shared_bytes(int64_t device) {
+  int64_t result = 0;
+  raise_unless_ok(lmtfast_cuda_shared_bytes(device, &result));
+  return result;
+}
+
 // The fields of lmtfast_margin_cross_entropy but for num_threads.
 using Fields = std::array<int64_t, 12>;
 
@@ -86,6 +92,7 @@ void pair_norm_vjp(int64_t dtype, int64_t k, int64_t d, int64_t u, int64_t strid
 void bind_cuda(py::module_& m) {
   bind_cuda_spectral(m);
   m.def("capability", &capability, py::arg("device"));
+  m.def("shared_bytes", &shared_bytes, py::arg("device"));
   m.def("margin_forward", &margin_forward, py::arg("problem"), py::arg("loss"), py::arg("dlogits"),
         py::arg("scale"), py::arg("stream"));
   m.def("margin_workspace", &lmtfast_cuda_margin_cross_entropy_workspace, py::arg("n"),

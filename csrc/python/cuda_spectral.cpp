@@ -32,7 +32,8 @@ float* floats(Address value) { return static_cast<float*>(address(value)); }
 class Plan {
  public:
   Plan(const Integers& rows, const Integers& scales, const Integers& tape, int64_t features,
-       int64_t total, int64_t scale_size, int64_t saved_size, int64_t state_size) {
+       int64_t total, int64_t scale_size, int64_t saved_size, int64_t state_size,
+       int64_t shared_bytes) {
     const auto row = rows_of<lmtfast_op_row>(rows, "rows");
     const auto scale = rows_of<lmtfast_scale_row>(scales, "scales");
     const auto step = rows_of<lmtfast_instruction>(tape, "tape");
@@ -41,9 +42,10 @@ class Plan {
                                   count(scale), count(step),  features,    total,
                                   scale_size,   saved_size,   state_size};
     int64_t size = 0;
-    raise_unless_ok(lmtfast_cuda_plan(&network, nullptr, 0, &size, &workspace_));
+    raise_unless_ok(lmtfast_cuda_plan(&network, shared_bytes, nullptr, 0, &size, &workspace_));
     table_.resize(static_cast<size_t>(size));
-    raise_unless_ok(lmtfast_cuda_plan(&network, table_.data(), size, &size, &workspace_));
+    raise_unless_ok(
+        lmtfast_cuda_plan(&network, shared_bytes, table_.data(), size, &size, &workspace_));
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -94,9 +96,10 @@ class Plan {
 void bind_cuda_spectral(py::module_& m) {
   py::class_<Plan>(m, "Plan", py::module_local(), "Packed tables of one network and its launches.")
       .def(py::init<const Integers&, const Integers&, const Integers&, int64_t, int64_t, int64_t,
-                    int64_t, int64_t>(),
+                    int64_t, int64_t, int64_t>(),
            py::arg("rows"), py::arg("scales"), py::arg("tape"), py::arg("features"),
-           py::arg("total"), py::arg("scale_size"), py::arg("saved_size"), py::arg("state_size"))
+           py::arg("total"), py::arg("scale_size"), py::arg("saved_size"), py::arg("state_size"),
+           py::arg("shared_bytes"))
       .def_property_readonly("table_size", &Plan::table_size)
       .def_property_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def("copy_table", &Plan::copy_table, py::arg("to"))

@@ -29,8 +29,9 @@ def planned(table: OperatorTable, core: Any, device: torch.device) -> tuple[Any,
     """The compiled core's plan of a network, and its copy on the device."""
     flat = [list(chain.from_iterable(part)) for part in (table.rows, table.scales, table.tape)]
     plan = core.Plan(
-        *flat, table.features, table.total, table.scale_size, table.saved_size, table.state_size
-    )
+        *flat, table.features, table.total, table.scale_size, table.saved_size, table.state_size,
+        core.shared_bytes(device.index or 0),
+    )  # fmt: skip
     copy = torch.empty(plan.table_size, dtype=torch.int64)
     plan.copy_table(copy.data_ptr())
     return plan, copy.to(device)
@@ -41,7 +42,7 @@ def spectral_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every operator that the table marks as compiled.
 
-    At most four launches by ``symbol`` and by power iteration, five by ``separable``. Arguments and
+    Three launches by ``symbol`` and by ``separable``, four by power iteration. Arguments and
     results are those of :func:`lmtfast.backends.native_spectral.spectral_step`, on a GPU.
 
     Raises:

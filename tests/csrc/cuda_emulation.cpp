@@ -59,6 +59,8 @@ class Machine {
   Fiber& self() { return *current_; }
   uint64_t seed = 0;
   uint64_t serial = 0;
+  int64_t launches = 0;
+  int64_t shared_limit = 227 << 10;
   Place place;
   std::vector<unsigned char> shared;
 
@@ -225,6 +227,10 @@ void Machine::run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes
   if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0) {
     raise("a block of " + std::to_string(threads) + " threads, not whole warps up to 1024");
   }
+  if (static_cast<int64_t>(shared_bytes) > shared_limit) {
+    raise(std::to_string(shared_bytes) + " bytes of shared memory, which the device has not");
+  }
+  ++launches;
   if (blocks == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
     raise("a grid of illegal size " + text(grid));
   }
@@ -265,6 +271,15 @@ void Machine::run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes
 }  // namespace
 
 void set_order(uint64_t seed) { machine().seed = seed; }
+
+int64_t shared_limit() { return machine().shared_limit; }
+void set_shared_limit(int64_t bytes) { machine().shared_limit = bytes; }
+
+int64_t count_launches(bool reset) {
+  const int64_t count = machine().launches;
+  if (reset) machine().launches = 0;
+  return count;
+}
 
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
          const std::function<void()>& body) {

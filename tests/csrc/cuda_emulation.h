@@ -36,8 +36,16 @@ constexpr cudaError_t cudaSuccess = 0;
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
-  cudaDevAttrMultiProcessorCount
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
+namespace lmtfast::emulation {
+// Shared memory that a block may ask for, static memory aside; 227 KiB unless set.
+int64_t shared_limit();
+void set_shared_limit(int64_t bytes);
+// Launches since the last call with `reset`, blocks of no kernel aside.
+int64_t count_launches(bool reset);
+}  // namespace lmtfast::emulation
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
@@ -49,7 +57,9 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
            : attribute == cudaDevAttrComputeCapabilityMinor ? 0
-                                                            : 3;
+           : attribute == cudaDevAttrMultiProcessorCount
+               ? 3
+               : static_cast<int>(lmtfast::emulation::shared_limit());
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {

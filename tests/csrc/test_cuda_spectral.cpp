@@ -137,6 +137,9 @@ void Network::add(const Shape& shape) {
   if (last > 0) tape_.push_back({LMTFAST_HYPOT, last - 1, last, 0.0});
 }
 
+// What the plan may use of shared memory: that of sm_90, unless a test gives less.
+int64_t shared_bytes = 227 << 10;
+
 struct Outputs {
   std::vector<float> sigmas, state, saved, gradients, values, jacobian;
   bool operator==(const Outputs& o) const {
@@ -163,9 +166,10 @@ bool written(const Fenced<float>& buffer) {
 Outputs run(const Network& net, bool at_end, bool update, uint64_t seed) {
   lmtfast::emulation::set_order(seed);
   int64_t size = 0, bytes = 0;
-  require_ok(lmtfast_cuda_plan(&net.view(), nullptr, 0, &size, &bytes), "plan");
+  require_ok(lmtfast_cuda_plan(&net.view(), shared_bytes, nullptr, 0, &size, &bytes), "plan");
   std::vector<int64_t> host(static_cast<size_t>(size));
-  require_ok(lmtfast_cuda_plan(&net.view(), host.data(), size, &size, &bytes), "plan");
+  require_ok(lmtfast_cuda_plan(&net.view(), shared_bytes, host.data(), size, &size, &bytes),
+             "plan");
   const Fenced<int64_t> device(host, at_end);
   const Fenced<unsigned char> workspace(static_cast<size_t>(bytes), at_end);
 
@@ -288,12 +292,14 @@ void test_all_together() {
 void test_misuse() {
   const Network net({shapes()[0]}, true);
   int64_t size = 0, bytes = 0;
-  CHECK(lmtfast_cuda_plan(nullptr, nullptr, 0, &size, &bytes) == LMTFAST_INVALID_ARGUMENT);
-  require_ok(lmtfast_cuda_plan(&net.view(), nullptr, 0, &size, &bytes), "plan");
-  std::vector<int64_t> host(static_cast<size_t>(size));
-  CHECK(lmtfast_cuda_plan(&net.view(), host.data(), size - 1, &size, &bytes) ==
+  CHECK(lmtfast_cuda_plan(nullptr, shared_bytes, nullptr, 0, &size, &bytes) ==
         LMTFAST_INVALID_ARGUMENT);
-  require_ok(lmtfast_cuda_plan(&net.view(), host.data(), size, &size, &bytes), "plan");
+  require_ok(lmtfast_cuda_plan(&net.view(), shared_bytes, nullptr, 0, &size, &bytes), "plan");
+  std::vector<int64_t> host(static_cast<size_t>(size));
+  CHECK(lmtfast_cuda_plan(&net.view(), shared_bytes, host.data(), size - 1, &size, &bytes) ==
+        LMTFAST_INVALID_ARGUMENT);
+  require_ok(lmtfast_cuda_plan(&net.view(), shared_bytes, host.data(), size, &size, &bytes),
+             "plan");
   alignas(16) unsigned char workspace[16];
   float any[4];
   CHECK(lmtfast_cuda_spectral_step(host.data(), host.data(), nullptr, 0, any, any, any, any,

@@ -24,6 +24,9 @@ extern "C" {
  * none, or no driver, or no CUDA in this build. */
 LMTFAST_API lmtfast_status lmtfast_cuda_capability(int64_t device, int64_t* capability);
 
+/* Shared memory in bytes that a block on a device may ask for. */
+LMTFAST_API lmtfast_status lmtfast_cuda_shared_bytes(int64_t device, int64_t* bytes);
+
 /* As lmtfast_margin_cross_entropy_forward, also for bfloat16 logits: rows, coefficient, loss,
  * dlogits and scale are then float32. num_threads is ignored. */
 LMTFAST_API lmtfast_status
@@ -50,12 +53,13 @@ LMTFAST_API lmtfast_status lmtfast_cuda_pair_norm_vjp(const lmtfast_pair_norm* p
                                                       const void* norms, const void* grad,
                                                       void* own, void* grad_weight, void* stream);
 
-/* The plan of a network: which block of which launch does what. Made once, on the host, and copied
- * by the caller to the device; calls take both copies. With table NULL only the sizes are written:
- * int64 entries of the table, and bytes of the workspace that every call needs (its content does not
- * matter and nothing in it is kept; 16-byte aligned). */
-LMTFAST_API lmtfast_status lmtfast_cuda_plan(const lmtfast_network* network, int64_t* table,
-                                             int64_t capacity, int64_t* table_size,
+/* The plan of a network: which block of which launch does what, on a device whose blocks may have
+ * shared_bytes of shared memory. Made once, on the host, and copied by the caller to the device;
+ * calls take both copies. With table NULL only the sizes are written: int64 entries of the table, and
+ * bytes of the workspace that every call needs (its content does not matter and nothing in it is
+ * kept; 16-byte aligned). */
+LMTFAST_API lmtfast_status lmtfast_cuda_plan(const lmtfast_network* network, int64_t shared_bytes,
+                                             int64_t* table, int64_t capacity, int64_t* table_size,
                                              int64_t* workspace_bytes);
 
 /* As lmtfast_spectral_step; the array of tensors is read on the host. */

@@ -4,15 +4,25 @@
 
 namespace lmtfast::cuda {
 
-int64_t capability(int64_t device) {
-  int count = 0;
+namespace {
+
+int attribute(cudaDeviceAttr which, int64_t device) {
+  int count = 0, value = 0;
   check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
   require(device >= 0 && device < count, "a device of this machine", device, "device");
-  int major = 0, minor = 0;
-  const int which = static_cast<int>(device);
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, which), "capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, which), "capability");
-  return major * 10 + minor;
+  check(cudaDeviceGetAttribute(&value, which, static_cast<int>(device)), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+int64_t capability(int64_t device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
+int64_t shared_bytes(int64_t device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
 void zero(void* data, int64_t bytes, Stream stream) {

@@ -3,9 +3,11 @@
 // the weights. Definition: lmtfast/engines/operator.py.
 #pragma once
 
+#include <bit>
 #include <cmath>
 
-#include "ops/cuda/panel.h"
+#include "ops/cuda/pass.h"
+#include "ops/cuda/view.h"
 
 namespace lmtfast::cuda {
 
@@ -28,7 +30,7 @@ struct DenseStep {
   // ||y||, the same in every block that asks.
   __device__ double length() const {
     double square = 0;
-    for (int64_t tile = 0; tile < op.work.image_tiles; ++tile) square += norms[tile * kPanel];
+    for (int64_t tile = 0; tile < op.work.pass.tiles; ++tile) square += norms[tile * kPanel];
     return std::sqrt(square);
   }
 };
@@ -41,10 +43,19 @@ __device__ inline void prepare_matrix(const View& v, const Op& op) {
     square += static_cast<double>(y.state[c]) * static_cast<double>(y.state[c]);
   }
   const float inverse = inverse_or_one(std::sqrt(Team<true>::sum(square)));
+  const int64_t pitch = vector_pitch(s.channels), slots = 4 * pitch;
   for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
     y.plain[c] = y.state[c] * inverse;
-    y.panel[static_cast<int64_t>(c) * kPanel] = y.plain[c] * op.cs(c);
-    for (int k = 1; k < kPanel; ++k) y.panel[static_cast<int64_t>(c) * kPanel + k] = 0.0f;
+    float* x = y.panel + vector_index(vector_slot(c, pitch), slots, 2, 0);
+    x[0] = y.plain[c] * op.cs(c);
+    x[1] = 0.0f;
+  }
+  if (threadIdx.x == 0) {
+    // One tap, of phase 1, that begins at entry 0.
+    float* e = y.panel + 2 * slots;
+    e[0] = 1.0f;
+    e[1] = 0.0f;
+    e[2] = std::bit_cast<float>(0);
   }
 }
 

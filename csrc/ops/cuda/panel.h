@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Weights times panels of eight real columns, read where they lie, once per product: the bound is
-// the bytes of the weights, at eight fused multiply-adds per weight.
+// Weights times panels of eight real columns, tap by tap, read where they lie, once per product: the
+// bound is the bytes of the weights, at eight fused multiply-adds per weight.
 #pragma once
 
 #include "ops/cuda/view.h"
@@ -27,34 +27,16 @@ __device__ inline PanelRow load_row(const float* panel, int64_t row) {
   return {{a.v[0], a.v[1], a.v[2], a.v[3], b.v[0], b.v[1], b.v[2], b.v[3]}};
 }
 
-// Sums values[i] over the warp; lane i gets the sum of number i. 31 shuffles for 32 sums: each step
-// halves the numbers a lane still holds.
-template <int kHalf>
-__device__ float sum_scattered(float (&values)[kWarpSize]) {
-  const bool upper = (Team<false>::rank() & kHalf) != 0;
-  LMTFAST_UNROLL
-  for (int i = 0; i < kHalf; ++i) {
-    const float mine = upper ? values[i + kHalf] : values[i];
-    const float theirs = upper ? values[i] : values[i + kHalf];
-    values[i] = mine + __shfl_xor_sync(kAllLanes, theirs, kHalf);
-  }
-  if constexpr (kHalf > 1) {
-    return sum_scattered<kHalf / 2>(values);
-  } else {
-    return values[0];
-  }
-}
-
-// Lane l gets the sum over `count` columns first, first + stride, ... of
-//   weights[row l / 8][column] panel[position of the column][l % 8]
+// Lane l gets the sum over `count` columns from `first` of
+//   weights[row l / 8][column] panel[column - first][l % 8]
 // for the warp's four rows, `left` of which exist.
 template <class T>
 __device__ float panel_image(const T* weights, int64_t row_stride, int left, int32_t first,
-                             int32_t stride, int32_t count, const float* panel) {
+                             int32_t count, const float* panel) {
   float sum[kWarpSize] = {};
   for (int32_t i = Team<false>::rank(); i < count; i += kWarpSize) {
     const PanelRow z = load_row(panel, i);
-    const T* weight = weights + first + static_cast<int64_t>(i) * stride;
+    const T* weight = weights + first + i;
     LMTFAST_UNROLL
     for (int r = 0; r < kRowsPerWarp; ++r) {
       const float w = r < left ? widen(weight[r * row_stride]) : 0.0f;
@@ -64,19 +46,65 @@ __device__ float panel_image(const T* weights, int64_t row_stride, int left, int
       }
     }
   }
-  return sum_scattered<kWarpSize / 2>(sum);
+  return scattered_sum<kWarpSize / 2>(sum);
 }
 
-// sum[c] = sum over rows part, part + kBackParts, ... of weights[row][column] times that row of the
-// panel (kPerTap: of the column's tap), with the row scale and a factor per column of the panel.
-// Four rows at a time, so that their loads are under way together.
-template <class T, bool kPerTap>
-__device__ PanelRow panel_adjoint(const T* weights, const Op& op, int32_t column, int32_t part,
-                                  const float* panel, const float* factor) {
+// The same where the taps of a channel are neighbours in memory: lanes walk it as it lies, and as many
+// of them as make whole channels keep to one tap each. Taps first, first + 1, ... up to a warp of
+// them; sum[8 r + c] becomes that of row r and panel column c, in the lane of the tap.
+template <class T>
+__device__ void panel_image_of_taps(const T* weights, const Stencil& s, int left, int32_t first,
+                                    const float* panel, float (&sum)[kWarpSize]) {
   constexpr int kAhead = 4;
-  PanelRow sum = {}, factors;
+  const int32_t lane = Team<false>::rank();
+  const int32_t taps = s.taps < kWarpSize ? s.taps : kWarpSize, group = kWarpSize / taps;
+  const int32_t tap = first + lane % taps;
+  const bool used = lane < group * taps && tap < s.taps;
   LMTFAST_UNROLL
-  for (int c = 0; c < kPanel; ++c) factors.v[c] = factor[c];
+  for (float& x : sum) x = 0.0f;
+  for (int32_t begin = used ? lane / taps : s.channels; begin < s.channels;
+       begin += group * kAhead) {
+    float w[kAhead][kRowsPerWarp];
+    LMTFAST_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      const int32_t channel = begin + i * group;
+      LMTFAST_UNROLL
+      for (int r = 0; r < kRowsPerWarp; ++r) {
+        const int64_t at = static_cast<int64_t>(r) * s.columns + channel * s.taps + tap;
+        w[i][r] = channel < s.channels && r < left ? widen(weights[at]) : 0.0f;
+      }
+    }
+    LMTFAST_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      const int32_t channel = begin + i * group;
+      if (channel >= s.channels) break;
+      const PanelRow z = load_row(panel, channel);
+      LMTFAST_UNROLL
+      for (int r = 0; r < kRowsPerWarp; ++r) {
+        LMTFAST_UNROLL
+        for (int c = 0; c < kPanel; ++c) {
+          sum[r * kPanel + c] = std::fma(w[i][r], z.v[c], sum[r * kPanel + c]);
+        }
+      }
+    }
+  }
+  LMTFAST_UNROLL
+  for (float& x : sum) {
+    const float part = x;
+    for (int32_t i = 1; i < group; ++i) {
+      x += __shfl_sync(kAllLanes, part, (lane + i * taps) % kWarpSize);
+    }
+  }
+}
+
+// sum[c] = sum over rows part, part + kBackParts, ... of weights[row][column] times that row and the
+// column's tap of the panel, with the row scale. So many rows at a time that their loads are under
+// way together.
+template <class T>
+__device__ PanelRow panel_adjoint(const T* weights, const Op& op, int32_t column, int32_t part,
+                                  const float* panel) {
+  constexpr int kAhead = 16;
+  PanelRow sum = {};
   const int32_t tap = column_at(op.s, op.tap_major(), column).tap;
   for (int32_t first = part; first < op.s.rows; first += kBackParts * kAhead) {
     float w[kAhead];
@@ -90,11 +118,9 @@ __device__ PanelRow panel_adjoint(const T* weights, const Op& op, int32_t column
       const int32_t o = first + i * kBackParts;
       if (o >= op.s.rows) break;
       const float scale = op.rs(o);
-      const PanelRow u = load_row(panel, kPerTap ? static_cast<int64_t>(o) * op.s.taps + tap : o);
+      const PanelRow u = load_row(panel, static_cast<int64_t>(o) * op.s.taps + tap);
       LMTFAST_UNROLL
-      for (int c = 0; c < kPanel; ++c) {
-        sum.v[c] = std::fma(w[i], u.v[c] * (factors.v[c] * scale), sum.v[c]);
-      }
+      for (int c = 0; c < kPanel; ++c) sum.v[c] = std::fma(w[i] * scale, u.v[c], sum.v[c]);
     }
   }
   return sum;

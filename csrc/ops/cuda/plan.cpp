@@ -11,6 +11,10 @@ namespace lmtfast::cuda {
 namespace {
 
 constexpr int64_t kMaxIndex = int64_t{1} << 31;
+// Cost of a pass, in weights: of four rows beyond their weights, and of a tile. One tile per
+// multiprocessor covers a WRN-28-10 on 132 of them; smaller ones would write more sums.
+constexpr int64_t kStepCost = 1024;
+constexpr int64_t kTileCost = 336 * 1024;
 
 int64_t pieces(int64_t length, int64_t piece) { return (length + piece - 1) / piece; }
 
@@ -41,7 +45,8 @@ void require_indexable(const OpRow& row, int64_t i) {
 
 class Builder {
  public:
-  explicit Builder(const lmtfast_network& net) : net_(net), work_(net.n_rows) {
+  Builder(const lmtfast_network& net, int64_t shared_bytes)
+      : net_(net), shared_floats_((shared_bytes - kOtherShared) / 4), work_(net.n_rows) {
     std::memset(static_cast<void*>(work_.data()), 0, work_.size() * sizeof(OpWork));
   }
 
@@ -62,13 +67,17 @@ class Builder {
     }
   }
   void plan_row(int64_t i);
-  void plan_panel(int64_t i, const Stencil& s);
+  PassShape pass_shape(const Stencil& s, bool symbol) const;
+  int64_t pass_cost(const Item& item) const;
+  void plan_pass(int64_t i, const Stencil& s);
+  void plan_separable(int64_t i, const Stencil& s);
   void plan_stencil(int64_t i, const Stencil& s);
   void plan_scales(int64_t i);
   void plan_gradient(int64_t i, const Stencil& s);
   void plan_slots();
 
   const lmtfast_network& net_;
+  int64_t shared_floats_;
   PlanHeader header_ = {};
   std::vector<OpWork> work_;
   std::vector<Item> items_[kStages];
@@ -106,50 +115,97 @@ void Builder::plan_scales(int64_t i) {
   }
 }
 
-void Builder::plan_panel(int64_t i, const Stencil& s) {
+int64_t Builder::pass_cost(const Item& item) const {
+  const OpWork& work = work_[item.op];
+  return work.pass.rows * (work.stencil.columns + kStepCost / kPassRows);
+}
+
+// The tiles of an operator depend on nothing but the operator, and so do its results.
+PassShape Builder::pass_shape(const Stencil& s, bool symbol) const {
+  PassShape shape = {};
+  const int64_t columns = s.columns, entries = static_cast<int64_t>(s.phases) * s.channels;
+  const int64_t steps = std::max<int64_t>(1, kTileCost / (columns * kPassRows + kStepCost));
+  const int64_t tiles = pieces(s.rows, steps * kPassRows);
+  shape.rows = pieces(pieces(s.rows, tiles), kPassRows) * kPassRows;
+  shape.tiles = pieces(s.rows, shape.rows);
+  shape.padded = pieces(columns, 8) * 8;
+  const auto fits = [&](int64_t width) {
+    shape.columns = width;
+    shape.vector = vector_floats(entries, s.taps, width);
+    return shape.vector + shape.padded * width <= shared_floats_;
+  };
+  const int64_t all = symbol ? kPanel : 2;
+  int64_t width = all;
+  while (width > 2 && !fits(width)) width /= 2;
+  shape.shared_sums = fits(width);
+  // No number of candidates fits: sums go to memory, then for all of them at once.
+  if (!shape.shared_sums) static_cast<void>(fits(all));
+  shape.shared_vector = shape.vector <= shared_floats_;
+  shape.subsets = all / shape.columns;
+  return shape;
+}
+
+void Builder::plan_pass(int64_t i, const Stencil& s) {
   const OpRow& row = net_.rows[i];
   OpWork& work = work_[i];
+  const int64_t g = s.groups;
+  const bool symbol = method_of(row) == Method::kSymbol;
+  work.pass = pass_shape(s, symbol);
+  const PassShape& shape = work.pass;
+  const int64_t items = shape.tiles * shape.subsets;
+  header_.pass_bytes =
+      std::max(header_.pass_bytes, 4 * ((shape.shared_vector ? shape.vector : 0) +
+                                        (shape.shared_sums ? shape.padded * shape.columns : 0)));
+  work.back = floats(g * s.columns * kPanel);
+  work.panel = floats(g * shape.subsets * shape.vector);
+  work.pure = floats(g * s.rows * kPanel);
+  work.image = floats(g * s.rows * kPanel);
+  work.partial = floats(g * items * shape.padded * shape.columns);
+  work.norms = doubles(g * shape.tiles * kPanel);
+  work.powers = doubles(g * items);
+  work.counters = take(header_.counters, g);
+  const int64_t width = static_cast<int64_t>(LMTFAST_CANDIDATES) * s.phases * s.channels * 2;
+  work.plain = floats(symbol ? g * width : s.channels);
+  if (symbol) {
+    work.fresh = floats(g * width);
+    work.phase = floats(g * s.taps * kPanel);
+    const Grid grid = grid_of(s);
+    std::copy(grid.size, grid.size + kAxes, work.frequencies);
+    work.frequency = doubles(g * LMTFAST_CANDIDATES * kAxes);
+    work.response = doubles(g * s.taps * kPanel);
+  }
+  for (int64_t group = 0; group < g; ++group) {
+    add(kPrepare, i, group, 1);
+    add(kPass, i, group, items);
+    add(kPassReduce, i, group, pieces(s.columns, kSumColumns));
+  }
+  add(kPassRecord, i, 0, 1);
+}
+
+void Builder::plan_separable(int64_t i, const Stencil& s) {
+  OpWork& work = work_[i];
   const int64_t g = s.groups, pairs = static_cast<int64_t>(s.taps) * kPanel;
-  const auto method = static_cast<Method>(work.method);
   work.image_tiles = pieces(s.rows, kImageRows);
   work.back_tiles = pieces(s.columns, kBackColumns);
   work.back = floats(g * s.columns * kPanel);
-  if (method == Method::kSeparable) {
-    work.panel = floats(g * s.channels * kPanel);
-    work.plain = floats(g * s.channels * kPanel);
-    work.image = floats(g * s.rows * pairs);
-    work.mixed = floats(g * s.rows * pairs);
-    work.patterns = floats(g * s.inputs * kPanel);
-    work.next = floats(g * s.inputs * kPanel);
-    work.grid = floats(g * s.outputs * pairs);
-    work.gram = floats(g * pairs * pairs);
-    work.overlap = floats(g * pairs * pairs);
-    work.values = doubles(2 * g);
-    add(kGradientGrid, i, 0, 1);
-  } else {
-    work.panel = floats(g * s.columns * kPanel);
-    work.pure = floats(g * s.rows * kPanel);
-    work.image = floats(g * s.rows * kPanel);
-    work.norms = doubles(g * work.image_tiles * kPanel);
-    const int64_t width = static_cast<int64_t>(LMTFAST_CANDIDATES) * s.phases * s.channels * 2;
-    work.plain = floats(method == Method::kSymbol ? g * width : s.channels);
-    if (method == Method::kSymbol) {
-      work.fresh = floats(g * width);
-      work.phase = floats(g * pairs);
-      const Grid grid = grid_of(s);
-      std::copy(grid.size, grid.size + kAxes, work.frequencies);
-      work.frequency = doubles(g * LMTFAST_CANDIDATES * kAxes);
-      work.response = doubles(g * pairs);
-    }
-  }
-  for (int64_t group = 0; group < row.groups; ++group) {
+  work.panel = floats(g * s.channels * kPanel);
+  work.plain = floats(g * s.channels * kPanel);
+  work.image = floats(g * s.rows * pairs);
+  work.mixed = floats(g * s.rows * pairs);
+  work.patterns = floats(g * s.inputs * kPanel);
+  work.next = floats(g * s.inputs * kPanel);
+  work.grid = floats(g * s.outputs * pairs);
+  work.gram = floats(g * pairs * pairs);
+  work.overlap = floats(g * pairs * pairs);
+  work.values = doubles(2 * g);
+  work.counters = take(header_.counters, 2 * g);
+  add(kGradientGrid, i, 0, 1);
+  for (int64_t group = 0; group < g; ++group) {
     add(kPrepare, i, group, 1);
     add(kPanelImage, i, group, work.image_tiles);
-    if (method == Method::kSeparable) add(kGrid, i, group, 1);
     add(kPanelBack, i, group, work.back_tiles);
-    add(kMove, i, group, 1);
   }
-  add(kRecord, i, 0, 1);
+  add(kPanelRecord, i, 0, 1);
 }
 
 void Builder::plan_stencil(int64_t i, const Stencil& s) {
@@ -211,8 +267,10 @@ void Builder::plan_row(int64_t i) {
   plan_scales(i);
   if (method_of(row) == Method::kStencil) {
     plan_stencil(i, s);
+  } else if (method_of(row) != Method::kSeparable) {
+    plan_pass(i, s);
   } else {
-    plan_panel(i, s);
+    plan_separable(i, s);
   }
   plan_gradient(i, s);
 }
@@ -265,6 +323,9 @@ std::vector<int64_t> Builder::build() {
   header_.scales = append(net_.scales, net_.n_scales * sizeof(lmtfast_scale_row));
   header_.tape = append(net_.tape, net_.n_tape * sizeof(lmtfast_instruction));
   header_.work = append(work_.data(), work_.size() * sizeof(OpWork));
+  // Long items first: what is left at the end is short.
+  std::stable_sort(items_[kPass].begin(), items_[kPass].end(),
+                   [&](const Item& a, const Item& b) { return pass_cost(a) > pass_cost(b); });
   std::vector<int64_t> begins;
   for (const auto& round : rounds_) {
     begins.push_back(static_cast<int64_t>(items_[kGradient].size()));
@@ -286,7 +347,9 @@ std::vector<int64_t> Builder::build() {
 
 }  // namespace
 
-std::vector<int64_t> make_plan(const lmtfast_network& network) {
+std::vector<int64_t> make_plan(const lmtfast_network& network, int64_t shared_bytes) {
+  require(shared_bytes >= kOtherShared, "at least 4096 bytes of shared memory", shared_bytes,
+          "shared_bytes");
   require(network.n_rows >= 0 && (network.n_rows == 0 || network.rows), "rows", network.n_rows,
           "n_rows");
   require(network.n_scales >= 0 && (network.n_scales == 0 || network.scales), "scales",
@@ -294,7 +357,7 @@ std::vector<int64_t> make_plan(const lmtfast_network& network) {
   require(network.n_tape >= 0 && (network.n_tape == 0 || network.tape), "a tape", network.n_tape,
           "n_tape");
   if (network.n_tape > 0) validate_tape(network);
-  return Builder(network).build();
+  return Builder(network, shared_bytes).build();
 }
 
 const PlanHeader& header_of(const int64_t* table) {
@@ -320,7 +383,7 @@ lmtfast_network network_of(const int64_t* table) {
 }
 
 int64_t workspace_bytes(const PlanHeader& h) {
-  const int64_t step = (h.n_slots + h.doubles) * 8 + h.floats * 4 + 16;
+  const int64_t step = (h.n_slots + h.doubles) * 8 + (h.floats + h.counters) * 4 + 16;
   return std::max(step, compose_doubles(h) * 8);
 }
 

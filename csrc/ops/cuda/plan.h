@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "ops/cuda/pass.h"
 #include "ops/cuda/stencil.h"
 #include "ops/spectral.h"
 
@@ -26,9 +27,12 @@ inline Method method_of(const OpRow& row) {
 constexpr int kPanel = 8;
 static_assert(kPanel == 2 * LMTFAST_CANDIDATES && kPanel == LMTFAST_RANK);
 constexpr int kBlockThreads = 256;
+static_assert(kBlockThreads == kPassThreads);
 // Rows of a block of a panel's image, columns of a block of its adjoint.
 constexpr int kImageRows = 32;
 constexpr int kBackColumns = 64;
+// Weight columns whose sums over the tiles of a pass one block adds.
+constexpr int kSumColumns = 256;
 // Side of a tile of a product (tile.h).
 constexpr int kTileSide = 64;
 // Entries of a vector that one block sums or scales.
@@ -43,11 +47,12 @@ static_assert(sizeof(Item) == 2 * sizeof(int64_t));
 // Launches; their items are one stretch of the table each.
 enum Stage {
   kPrepare,        // scales, vectors that products read; the first item writes the tensors
-  kPanelImage,     // panels through the weights: symbol, separable, matrix
-  kGrid,           // the grid's share of the separable step
-  kPanelBack,      // panels back through the weights
-  kRecord,         // sigma and saved vectors of panels
-  kMove,           // new iterates of panels
+  kPass,           // both products of symbols and matrices
+  kPassRecord,     // their sigma and saved vectors
+  kPassReduce,     // sums of the adjoint over the tiles, then new iterates
+  kPanelImage,     // separable: panels through the weights, then the grid's share
+  kPanelRecord,    // sigma and saved vectors
+  kPanelBack,      // panels back through the weights, then new iterates
   kFirstImage,     // A v of convolutions,
   kFirstAdjoint,   // of transposed ones
   kSecondAdjoint,  // A^T u of convolutions,
@@ -69,26 +74,31 @@ struct OpWork {
   int64_t scale_begin, scale_end;   // scale rows among which are all of this operator's
   int64_t accumulate;               // an operator of an earlier round has written the gradient
   int64_t frequencies[kAxes];       // symbol: points of the grid of frequencies, per axis
+  PassShape pass;                   // symbol, matrix
+  int64_t counters;                 // first of G, separable 2 G: blocks of a group that are done
   // Floats. Panels have kPanel columns and start at multiples of 16 bytes.
-  int64_t panel;     // symbol, matrix (G, columns, 8): what the weights multiply, in their order;
-                     // separable (G, channels, 8): a, orthonormal; column scale included
-  int64_t plain;     // symbol (G, 4, phases channels, 2): unit x; matrix (channels): unit v;
-                     // separable (G, channels, 8): a, without the column scale
-  int64_t pure;      // symbol, matrix (G, rows, 8): W panel, without row scale and identity
-  int64_t image;     // symbol, matrix (G, rows, 8), separable (G, rows, taps, 8): A applied
-  int64_t mixed;     // separable (G, rows, taps, 8): what goes back through the weights
-  int64_t back;      // (G, columns, 8): the adjoint, with column scale and identity
-  int64_t phase;     // symbol (G, taps, 4, 2): exp(-i w . offset)
-  int64_t fresh;     // symbol (G, 4, phases channels, 2): the next x, not normalised
-  int64_t patterns;  // separable (G, inputs, 8): h
-  int64_t next;      // separable (G, inputs, 8): the next h
-  int64_t grid;      // separable (G, outputs, taps, 8): a product on the grid
-  int64_t gram;      // separable (G, taps 8, taps 8)
-  int64_t overlap;   // separable (G, taps 8, taps 8)
-  int64_t row_sums;  // gradient of the row scale (G, column tiles, rows)
+  int64_t panel;        // symbol, matrix (G, subsets, pass.vector): the factors of what the weights
+                        // multiply (pass.h); separable (G, channels, 8): a, orthonormal; with the
+                        // column scale
+  int64_t plain;        // symbol (G, 4, phases channels, 2): unit x; matrix (channels): unit v;
+                        // separable (G, channels, 8): a, without the column scale
+  int64_t pure;         // symbol, matrix (G, rows, 8): W panel, without row scale and identity
+  int64_t partial;      // symbol, matrix (G, tiles, subsets, padded columns): sums of a tile's rows
+  int64_t image;        // symbol, matrix (G, rows, 8), separable (G, rows, taps, 8): A applied
+  int64_t mixed;        // separable (G, rows, taps, 8): what goes back through the weights
+  int64_t back;         // (G, columns, 8): the adjoint, with column scale and identity
+  int64_t phase;        // symbol (G, taps, 4, 2): exp(-i w . offset)
+  int64_t fresh;        // symbol (G, 4, phases channels, 2): the next x, not normalised
+  int64_t patterns;     // separable (G, inputs, 8): h
+  int64_t next;         // separable (G, inputs, 8): the next h
+  int64_t grid;         // separable (G, outputs, taps, 8): a product on the grid
+  int64_t gram;         // separable (G, taps 8, taps 8)
+  int64_t overlap;      // separable (G, taps 8, taps 8)
+  int64_t row_sums;     // gradient of the row scale (G, column tiles, rows)
   int64_t column_sums;  // gradient of the column scale (G, row tiles, columns)
   // Doubles.
-  int64_t norms;      // symbol, matrix (G, image tiles, 8): sums of squares per panel column
+  int64_t norms;      // symbol, matrix (G, tiles, 8): sums of squares per panel column
+  int64_t powers;     // symbol, matrix (G, tiles, subsets): what a tile's sums are scaled by
   int64_t frequency;  // symbol (G, 4, 3)
   int64_t response;   // symbol (G, taps, 4, 2)
   int64_t values;     // separable (G, 2): sigma, and sigma over the scale of the image
@@ -105,10 +115,11 @@ struct PlanHeader {
   int64_t n_rows, n_scales, n_tape, features, total, scale_size, saved_size, state_size;
   int64_t rows, scales, tape, work;  // offsets in the table
   int64_t stage[kStages], blocks[kStages];
-  int64_t rounds, n_rounds;  // where the rounds of kGradient begin, and their end
-  int64_t n_slots;           // tensors that a call must bring
-  int64_t floats, doubles;   // of the workspace
-  int64_t grad_scales;       // floats: gradient of the scale buffer
+  int64_t rounds, n_rounds;           // where the rounds of kGradient begin, and their end
+  int64_t n_slots;                    // tensors that a call must bring
+  int64_t floats, doubles, counters;  // of the workspace
+  int64_t pass_bytes;                 // shared memory of kPass
+  int64_t grad_scales;                // floats: gradient of the scale buffer
 };
 
 constexpr int64_t kPlanMagic = 0x6C6D74666173740A;
@@ -116,8 +127,12 @@ constexpr int64_t kPlanMagic = 0x6C6D74666173740A;
 // may have 32 KiB of them.
 constexpr int64_t kMaxTensors = 1800;
 
-// The table of a network. Throws InvalidArgument where it is not one that the kernels run.
-std::vector<int64_t> make_plan(const lmtfast_network& network);
+// Shared memory per block that is not for the pass: what its kernel has besides.
+constexpr int64_t kOtherShared = 4 << 10;
+
+// The table of a network for a device whose blocks may have `shared_bytes` of shared memory. Throws
+// InvalidArgument where it is not one that the kernels run.
+std::vector<int64_t> make_plan(const lmtfast_network& network, int64_t shared_bytes);
 
 // The header of a table that make_plan has made; throws InvalidArgument for any other.
 const PlanHeader& header_of(const int64_t* table);
@@ -125,7 +140,7 @@ const PlanHeader& header_of(const int64_t* table);
 // The network inside a table.
 lmtfast_network network_of(const int64_t* table);
 
-// Bytes of a call's workspace: tensors, doubles, floats, in this order.
+// Bytes of a call's workspace: tensors, doubles, floats, counters, in this order.
 int64_t workspace_bytes(const PlanHeader& header);
 int64_t compose_doubles(const PlanHeader& header);
 

@@ -78,13 +78,14 @@ __device__ void prepare_panel(const View& v, const Item& item) {
   }
 }
 
-// The first block writes the table of tensors for the launches that follow.
+// The first block writes the table of tensors for the launches that follow, and resets counters.
 template <int kCapacity>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     prepare_kernel(View v, uint64_t* table, const __grid_constant__ Words<kCapacity> words) {
   const Item item = v.items[blockIdx.x];
   if (item.op < 0) {
     for (int64_t i = threadIdx.x; i < v.n_tensors; i += kBlockThreads) table[i] = words.word[i];
+    for (int64_t i = threadIdx.x; i < v.n_counters; i += kBlockThreads) v.counters[i] = 0;
     return;
   }
   v.tensors = words.word;

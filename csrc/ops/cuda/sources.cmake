@@ -8,6 +8,8 @@ set(LMTFAST_CUDA_SOURCES
     operator.cu
     pair_norm.cu
     panel.cu
+    pass.cu
+    pass_finish.cu
     prepare.cu
     spectral.cu)
 list(TRANSFORM LMTFAST_CUDA_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

@@ -30,6 +30,8 @@ struct Call {
     view.work = reinterpret_cast<const OpWork*>(p.device + header.work);
     view.n_rows = header.n_rows;
     view.n_scales = header.n_scales;
+    view.counters = reinterpret_cast<int*>(view.floats + header.floats);
+    view.n_counters = header.counters;
   }
 
   unsigned blocks(Stage stage) const { return static_cast<unsigned>(header.blocks[stage]); }
@@ -60,13 +62,15 @@ void spectral_step(const Plan& plan, const lmtfast_tensor* tensors, int64_t n_te
   const bool update = new_state != nullptr;
   launch_prepare(call.at(kPrepare), call.table, words(tensors, call.header.n_slots).data(),
                  call.blocks(kPrepare), stream);
+  // The items that go on follow those that record.
+  launch_pass(call.at(kPass), call.blocks(kPass), call.header.pass_bytes, stream);
+  launch_pass_finish(call.at(kPassRecord), call.blocks(kPassRecord),
+                     update ? call.blocks(kPassReduce) : 0, stream);
   launch_image(call.at(kPanelImage), call.blocks(kPanelImage), stream);
+  launch_back(call.at(kPanelRecord), call.blocks(kPanelRecord),
+              update ? call.blocks(kPanelBack) : 0, stream);
   launch_stencil(call.at(kFirstImage), false, false, call.blocks(kFirstImage), stream);
   launch_stencil(call.at(kFirstAdjoint), true, false, call.blocks(kFirstAdjoint), stream);
-  launch_grid(call.at(kGrid), call.blocks(kGrid), stream);
-  if (update) launch_back(call.at(kPanelBack), call.blocks(kPanelBack), stream);
-  // The items of kMove follow those of kRecord.
-  launch_end(call.at(kRecord), call.blocks(kRecord), update ? call.blocks(kMove) : 0, stream);
   if (update) {
     launch_stencil(call.at(kSecondAdjoint), true, true, call.blocks(kSecondAdjoint), stream);
     launch_stencil(call.at(kSecondImage), false, true, call.blocks(kSecondImage), stream);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Spectral norms of a network on a CUDA device. Layouts of iterates and saved vectors:
-// ops/spectral.h. A step is at most
-//   prepare, image, [grid,] back, end   operators by symbol (separable), matrices
-//   prepare, A v, A^T u, finish         convolutions by power iteration
+// ops/spectral.h. A step is
+//   prepare, pass, finish            operators by symbol, matrices: the weights are read once
+//   prepare, image, back             separable: twice
+//   prepare, A v, A^T u, finish      convolutions by power iteration
 // one launch each for all operators of the network, and a gradient one launch, three with scales.
 #pragma once
 
@@ -17,10 +18,10 @@ struct View;
 
 void launch_prepare(const View& view, uint64_t* table, const uint64_t* tensors, unsigned blocks,
                     Stream stream);
+void launch_pass(const View& view, unsigned blocks, int64_t shared_bytes, Stream stream);
+void launch_pass_finish(const View& view, unsigned records, unsigned blocks, Stream stream);
 void launch_image(const View& view, unsigned blocks, Stream stream);
-void launch_grid(const View& view, unsigned blocks, Stream stream);
-void launch_back(const View& view, unsigned blocks, Stream stream);
-void launch_end(const View& view, unsigned records, unsigned groups, Stream stream);
+void launch_back(const View& view, unsigned records, unsigned blocks, Stream stream);
 void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream);
 void launch_finish(const View& view, unsigned blocks, Stream stream);
 void launch_gradient_grid(const View& view, unsigned blocks, Stream stream);

@@ -4,8 +4,11 @@
 // Candidate f has the panel columns 2 f and 2 f + 1, real and imaginary part.
 #pragma once
 
+#include <bit>
+
 #include "ops/cuda/frequency.h"
-#include "ops/cuda/panel.h"
+#include "ops/cuda/pass.h"
+#include "ops/cuda/view.h"
 
 namespace lmtfast::cuda {
 
@@ -29,14 +32,14 @@ struct Symbol {
     candidate_size = 2 * (op.s.axes + width);
     state = v.state + state_offset();
     plain = v.floats + w.plain + g * kCandidates * width * 2;
-    panel = v.floats + w.panel + g * op.s.columns * kPanel;
+    panel = v.floats + w.panel + g * w.pass.subsets * w.pass.vector;
     phase = v.floats + w.phase + g * taps * kPanel;
     image = v.floats + w.image + g * op.s.rows * kPanel;
     back = v.floats + w.back + g * op.s.columns * kPanel;
     fresh = v.floats + w.fresh + g * kCandidates * width * 2;
     frequency = v.doubles + w.frequency + g * kCandidates * kAxes;
     response = v.doubles + w.response + g * taps * kPanel;
-    norms = v.doubles + w.norms + g * w.image_tiles * kPanel;
+    norms = v.doubles + w.norms + g * w.pass.tiles * kPanel;
   }
 
   __device__ int64_t state_offset() const {
@@ -45,7 +48,7 @@ struct Symbol {
   // ||y_f||, the same in every block that asks.
   __device__ double length(int f) const {
     double square = 0;
-    for (int64_t tile = 0; tile < op.work.image_tiles; ++tile) {
+    for (int64_t tile = 0; tile < op.work.pass.tiles; ++tile) {
       square += norms[tile * kPanel + 2 * f] + norms[tile * kPanel + 2 * f + 1];
     }
     return std::sqrt(square);
@@ -85,7 +88,34 @@ __device__ inline void write_phases(const Symbol& y, const double* frequency, fl
   }
 }
 
-// Unit vectors, phases, and what the weights multiply: z = phases x, times the column scale.
+// What the pass reads (pass.h), per subset of candidates: x with the column scale, e, and where the
+// phase of a tap begins.
+__device__ inline void write_factors(const Symbol& y) {
+  const Stencil& s = y.op.s;
+  const PassShape& shape = y.op.work.pass;
+  const int64_t pitch = vector_pitch(y.width), slots = 4 * pitch;
+  for (int subset = 0; subset < shape.subsets; ++subset) {
+    float* x = y.panel + subset * shape.vector;
+    float* e = x + slots * shape.columns;
+    float* begin = e + s.taps * shape.columns;
+    for (int64_t i = threadIdx.x; i < y.width * shape.columns; i += kBlockThreads) {
+      const int64_t entry = i % y.width, c = i / y.width, of_all = subset * shape.columns + c;
+      const float plain = y.plain[2 * (of_all / 2 * y.width + entry) + of_all % 2];
+      x[vector_index(vector_slot(entry, pitch), slots, shape.columns, c)] =
+          plain * y.op.cs(static_cast<int32_t>(entry % s.channels));
+    }
+    for (int64_t i = threadIdx.x; i < s.taps * shape.columns; i += kBlockThreads) {
+      const int64_t tap = i / shape.columns, c = i % shape.columns;
+      e[vector_index(tap, s.taps, shape.columns, c)] =
+          y.phase[tap * kPanel + subset * shape.columns + c];
+    }
+    for (int32_t tap = threadIdx.x; tap < s.taps; tap += kBlockThreads) {
+      begin[tap] = std::bit_cast<float>(y.entry({0, tap}));
+    }
+  }
+}
+
+// Unit vectors, phases, and what the weights multiply.
 __device__ inline void prepare_symbol(const View& v, const Op& op) {
   const Symbol y(v, op);
   const Stencil& s = op.s;
@@ -108,17 +138,7 @@ __device__ inline void prepare_symbol(const View& v, const Op& op) {
   __syncthreads();
   write_phases(y, y.frequency, y.phase);
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(s.columns) * kCandidates;
-       i += kBlockThreads) {
-    const int f = static_cast<int>(i % kCandidates);
-    const auto column = static_cast<int32_t>(i / kCandidates);
-    const Column at = column_at(s, op.tap_major(), column);
-    const float* x = y.plain + 2 * (f * y.width + y.entry(at));
-    const float* e = y.phase + 2 * (at.tap * kCandidates + f);
-    const float scale = op.cs(at.channel);
-    y.panel[column * kPanel + 2 * f] = scale * (e[0] * x[0] - e[1] * x[1]);
-    y.panel[column * kPanel + 2 * f + 1] = scale * (e[0] * x[1] + e[1] * x[0]);
-  }
+  write_factors(y);
 }
 
 // What the identity adds to row o of the image, in panel column c.

@@ -63,4 +63,35 @@ struct Team {
   }
 };
 
+// Sums values over groups of 2 kHalf lanes; lane i of each gets the sum of number i. Each step halves
+// the numbers that a lane still holds.
+template <int kHalf, int kCount>
+__device__ float scattered_sum(float (&values)[kCount]) {
+  const bool upper = (Team<false>::rank() & kHalf) != 0;
+  LMTFAST_UNROLL
+  for (int i = 0; i < kHalf; ++i) {
+    const float mine = upper ? values[i + kHalf] : values[i];
+    const float theirs = upper ? values[i] : values[i + kHalf];
+    values[i] = mine + __shfl_xor_sync(kAllLanes, theirs, kHalf);
+  }
+  if constexpr (kHalf > 1) {
+    return scattered_sum<kHalf / 2>(values);
+  } else {
+    return values[0];
+  }
+}
+
+// Whether this block is the last of `blocks` that count here; to it all they wrote is visible. The
+// whole block must call.
+__device__ inline bool last_of(int* counter, int32_t blocks) {
+  LMTFAST_SHARED(int, last, [1]);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last[0] = atomicAdd(counter, 1) == blocks - 1;
+  __syncthreads();
+  if (last[0] == 0) return false;
+  __threadfence();
+  return true;
+}
+
 }  // namespace lmtfast::cuda

@@ -98,14 +98,19 @@ __device__ void multiply_step(const TileStep& rows, const TileStep& columns, int
   }
 }
 
+// The step that is multiplied: of rows, then of columns. One place for all products of a kernel.
+__device__ inline TileStep& tile_step(int which) {
+  LMTFAST_SHARED(TileStep, steps, [2]);
+  return steps[which];
+}
+
 // sum[a][b] = product of row0 + tile_row(a) and column0 + tile_column(b), of a matrix (rows,
 // columns). All threads of the block must call; operands return 0 outside their matrix.
 template <class Left, class Right>
 __device__ void tile_product(const Left& left, const Right& right, int32_t row_count,
                              int32_t column_count, int32_t row0, int32_t column0, int32_t steps,
                              TileSum& sum) {
-  LMTFAST_SHARED(float, rows, [kTileStep][kTilePitch]);
-  LMTFAST_SHARED(float, columns, [kTileStep][kTilePitch]);
+  TileStep &rows = tile_step(0), &columns = tile_step(1);
   TileLoader<Left> row_loader(left, row0);
   TileLoader<Right> column_loader(right, column0);
   LMTFAST_UNROLL

@@ -64,13 +64,14 @@ struct View {
   const uint64_t* tensors;
   double* doubles;
   float* floats;
+  int* counters;
   const float* state;
   float* new_state;  // null: sigma is read, nothing moves
   float* sigmas;
   float* saved;
   const float* grad_sigmas;
   float* grad_scales;
-  int64_t n_rows, n_scales, n_tensors;
+  int64_t n_rows, n_scales, n_tensors, n_counters;
 };
 
 // One operator as a block sees it. The stencil stays in memory: in registers it would cost a kernel

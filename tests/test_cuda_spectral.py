@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""The spectral CUDA kernels, compiled for the CPU: launches, and every path a size chooses.
+
+What their results are is in tests/test_contract_spectral.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmtfast.backends import cuda_spectral
+from lmtfast.backends.reference import Leaves
+from lmtfast.engines import get_engine
+from lmtfast.plan import BoundPlan
+from tests.spectral_cases import CASES, Network, conv, matrix, randn, scaled, tap_major
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+
+# Shared memory per block: more than rows here need, for fewer candidates, for x alone, none.
+LIMITS = [227 << 10, 40 << 10, 16 << 10, 4 << 10]
+LONG = {
+    "one chunk": conv("one chunk", (9, 70, 3, 3), (4, 4)),
+    "chunks": conv("chunks", (6, 150, 3, 3), (4, 4)),
+    "chunks, tap-major": conv("chunks", (6, 152, 3, 3), (4, 4), stride=(2, 1)).map(tap_major),
+    "chunks, bfloat16": conv("chunks", (5, 301, 3, 3), (4, 4)).map(torch.Tensor.bfloat16),
+    "not held": conv("not held", (6, 769, 3, 3), (3, 3)),
+    "matrix": matrix("matrix", 11, 6200),
+    "matrix, bfloat16": matrix("matrix", 5, 12400).map(torch.Tensor.bfloat16),
+}
+
+
+@pytest.fixture
+def core(emulated_cuda: ModuleType) -> Iterator[ModuleType]:
+    yield emulated_cuda
+    emulated_cuda.set_shared_limit(LIMITS[0])
+    cuda_spectral.planned.cache_clear()
+
+
+def start_of(network: Network, engine: str) -> tuple[BoundPlan, list[Tensor], Tensor]:
+    plan = network.plan(engine, "cuda")
+    parts = [randn(n, seed=i) for i, n in enumerate(plan.state_sizes)]
+    return plan, network.values(plan), torch.cat([p / p.norm() for p in parts])
+
+
+def count_step(core: ModuleType, network: Network, engine: str, *, update: bool) -> int:
+    plan, tensors, state = start_of(network, engine)
+    core.count_launches(reset=True)
+    cuda_spectral.spectral_step(plan.table, tensors, state, update=update)
+    return int(core.count_launches())
+
+
+@pytest.mark.parametrize(
+    ("engine", "read", "moved"), [("symbol", 3, 3), ("separable", 3, 3), ("operator", 3, 4)]
+)
+def test_launches_of_a_step(core: ModuleType, engine: str, read: int, moved: int) -> None:
+    """However many operators there are."""
+    for network in (CASES["plain"], CASES["many"]):
+        assert count_step(core, network, engine, update=True) == moved
+        assert count_step(core, network, engine, update=False) == read
+
+
+def test_launches_of_the_tape(core: ModuleType) -> None:
+    plan, tensors, state = start_of(CASES["many"], "symbol")
+    sigmas, _, _ = cuda_spectral.spectral_step(plan.table, tensors, state, update=True)
+    core.count_launches(reset=True)
+    cuda_spectral.compose(plan.table, sigmas)
+    assert core.count_launches() == 1
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("name", LONG)
+def test_every_share_of_shared_memory(core: ModuleType, name: str, limit: int) -> None:
+    network = LONG[name]
+    engine = "operator" if name.startswith("matrix") else "symbol"
+    core.set_shared_limit(limit)
+    cuda_spectral.planned.cache_clear()
+    plan, tensors, state = start_of(network, engine)
+    region, definition = network.regions[0], get_engine(engine)
+    leaves = Leaves({ref: t.double() for ref, t in network.tensors.items()})
+    want = definition.step(region, leaves, state.double(), update=True)
+    sigmas, new, _ = cuda_spectral.spectral_step(plan.table, tensors, state, update=True)
+    torch.testing.assert_close(sigmas[0].double(), want.sigma, rtol=1e-5, atol=0)
+    got = definition.step(region, leaves, new.double(), update=False).sigma
+    advanced = definition.step(region, leaves, want.state, update=False).sigma
+    torch.testing.assert_close(got, advanced, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("limit", LIMITS[1:])
+def test_shares_of_many_operators(core: ModuleType, limit: int) -> None:
+    """Candidates apart, identity and scales included: sigma and iterates as with all together."""
+    network = (
+        CASES["identity_groups"] + CASES["wide"] + scaled(conv("last", (40, 90, 3, 3), (4, 4)))
+    )
+    plan, tensors, state = start_of(network, "symbol")
+    want = cuda_spectral.spectral_step(plan.table, tensors, state, update=True)
+    core.set_shared_limit(limit)
+    cuda_spectral.planned.cache_clear()
+    got = cuda_spectral.spectral_step(plan.table, tensors, state, update=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
