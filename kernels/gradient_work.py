@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ GRADIENT_SIDES = (64, 16)
 # Rows of one program of the separable engine's products and gradient.
 SEPARABLE_ROWS = 64
 USE_WIDTH = 9
+GROUP_TILE_WIDTH = 10
 # The engines' gradients are launched in this order; later ones add to what is there.
 ORDER = ("operator", "separable", "symbol")
 
@@ -72,11 +74,15 @@ def scale_slots(table: OperatorTable) -> frozenset[int]:
     return frozenset({s[i] for s in table.scales for i in (slot, variance)} - {-1})
 
 
+def slots_before(table: OperatorTable, engine: str) -> frozenset[int]:
+    """Weights that engines launched before have written the gradients of."""
+    earlier = ORDER[: ORDER.index(engine)]
+    return frozenset[int]().union(*(weight_slots(table, other) for other in earlier))
+
+
 def weight_tiles(table: OperatorTable, engine: str) -> WeightTiles:
     place = FIELDS.index("weight_slot")
-    before = frozenset[int]().union(
-        *(weight_slots(table, other) for other in ORDER[: ORDER.index(engine)])
-    )
+    before = slots_before(table, engine)
     by_slot: dict[int, list[int]] = {}
     numbers = rows_of_engine(table, engine)
     for position, number in enumerate(numbers):
@@ -97,6 +103,53 @@ def weight_tiles(table: OperatorTable, engine: str) -> WeightTiles:
         torch.tensor(tiles, dtype=torch.int32).reshape(-1, 8),
         torch.tensor(sharers, dtype=torch.int32),
     )
+
+
+def group_tiles(
+    table: OperatorTable, engine: str, sides: Callable[[int, int], tuple[int, int]]
+) -> list[WeightTiles]:
+    """Tiles that lie within a group, one entry per launch: (slot, first and last sharer, first and
+    last row, first and last channel, block of rows in the group, side of a block of rows, whether
+    to add to what is there).
+
+    Operators that share a weight but not its groups cannot share tiles: each further way to group
+    one takes a launch that adds.
+
+    Args:
+        table: The plan's table.
+        engine: Whose operators.
+        sides: Rows and channels of a tile, by rows and channels of a group.
+    """
+    numbers = rows_of_engine(table, engine)
+    before = slots_before(table, engine)
+    shared: dict[int, dict[tuple[int, int], list[int]]] = {}
+    for position, number in enumerate(numbers):
+        row = dict(zip(FIELDS, table.rows[number], strict=True))
+        shape = (row["groups"], row["rows"])
+        shared.setdefault(row["weight_slot"], {}).setdefault(shape, []).append(position)
+    launches = []
+    for turn in range(max(map(len, shared.values()), default=0)):
+        tiles, sharers = [], []
+        for slot, shapes in shared.items():
+            for (groups, rows), positions in list(shapes.items())[turn : turn + 1]:
+                channels = table.rows[numbers[positions[0]]][FIELDS.index("channels")]
+                (high, wide), first = sides(rows, channels), len(sharers)
+                sharers += positions
+                adds = int(turn > 0 or slot in before)
+                tiles += [
+                    [slot, first, len(sharers), g * rows + r, g * rows + min(rows, r + high), c,
+                     min(channels, c + wide), r // high, high, adds]
+                    for g in range(groups)
+                    for r in range(0, rows, high)
+                    for c in range(0, channels, wide)
+                ]  # fmt: skip
+        launches.append(
+            WeightTiles(
+                torch.tensor(tiles, dtype=torch.int32).reshape(-1, GROUP_TILE_WIDTH),
+                torch.tensor(sharers, dtype=torch.int32),
+            )
+        )
+    return launches
 
 
 def gradient_side(rows: int, channels: int) -> int:

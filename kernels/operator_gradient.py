@@ -41,7 +41,7 @@ from lmtfast.kernels.descriptor import (
     stored_entries,
     whole,
 )
-from lmtfast.kernels.gradient_work import GRADIENT_SIDES
+from lmtfast.kernels.gradient_work import GRADIENT_SIDES, GROUP_TILE_WIDTH
 from lmtfast.kernels.operator_product import extents, wrapped
 from lmtfast.kernels.operator_work import (
     COLUMN_SUMS,
@@ -50,12 +50,12 @@ from lmtfast.kernels.operator_work import (
     OPERATOR_WIDTH,
     OUT_POINTS,
     ROW_SUMS,
-    TILE_WIDTH,
     VISITS,
 )
 from lmtfast.kernels.specialization import Specialization
 from lmtfast.kernels.visit_work import VISIT_WIDTH
 
+TILE_WIDTH = tl.constexpr(GROUP_TILE_WIDTH)
 LARGE, SMALL = (tl.constexpr(side) for side in GRADIENT_SIDES)
 GRADIENT_GEOMETRY = {"num_warps": 8, "num_stages": 2}
 
@@ -65,15 +65,14 @@ def operator_gradient(
     operators, tensors, visits, tiles, sharers, targets, saved, grad_sigmas, grad_scales, gradients,
     DTYPES: tl.constexpr, SCALES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile (slot, first and last sharer, first and last row, first and last channel, block of
-    rows in the group, small, whether to add) of a weight's gradient, and its part of those in the
+    """One tile (gradient_work.group_tiles) of a weight's gradient, and its part of those in the
     scales.
 
     ``targets`` holds per tensor the byte at which its gradient starts in ``gradients``, or -1.
     """
     item = tiles + tl.program_id(0) * TILE_WIDTH
     if SCALES | (tl.load(targets + tl.load(item)) >= 0):
-        if tl.load(item + 8) != 0:
+        if tl.load(item + 8) == SMALL:
             gradient_tile(
                 operators, tensors, visits, item, sharers, targets, saved, grad_sigmas,
                 grad_scales, gradients, DTYPES, SCALES, PRECISION, SMALL,

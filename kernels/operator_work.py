@@ -8,7 +8,6 @@ per class of positions.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from lmtfast.kernels.descriptor import ADDED
 from lmtfast.kernels.gradient_work import (
-    GRADIENT_SIDES,
     WeightTiles,
     gradient_side,
+    group_tiles,
     rows_of_engine,
     scale_sums,
 )
@@ -73,7 +72,6 @@ ITEM_WIDTH = tl.constexpr(14)
 SHAPES = ((64, 64), (64, 16), (16, 64))
 WIDE, FLAT, THIN = range(3)
 PIECE = 4096  # entries of a vector that one program squares or normalises
-TILE_WIDTH = tl.constexpr(10)  # of an item of the gradient
 
 
 @dataclass(frozen=True)
@@ -114,43 +112,10 @@ def operator_work(table: OperatorTable) -> OperatorWork | None:
 
 
 def operator_tiles(table: OperatorTable) -> list[WeightTiles]:
-    """The gradient's tiles (operator_gradient.py), one entry per launch.
-
-    A tile lies within a group. Operators that share a weight but not its groups cannot share
-    tiles: each further way to group one takes a launch that adds.
-    """
-    numbers = rows_of_engine(table, "operator")
-    shared: dict[int, dict[tuple[int, int], list[int]]] = {}
-    for position, number in enumerate(numbers):
-        row = dict(zip(FIELDS, table.rows[number], strict=True))
-        shape = (row["groups"], row["rows"])
-        shared.setdefault(row["weight_slot"], {}).setdefault(shape, []).append(position)
-    launches = []
-    for turn in range(max(map(len, shared.values()), default=0)):
-        tiles, sharers = [], []
-        for slot, shapes in shared.items():
-            for (groups, rows), positions in list(shapes.items())[turn : turn + 1]:
-                channels = table.rows[numbers[positions[0]]][FIELDS.index("channels")]
-                side, first = gradient_side(rows, channels), len(sharers)
-                sharers += positions
-                small, adds = int(side == GRADIENT_SIDES[1]), int(turn > 0)
-                for g, r, c in itertools.product(
-                    range(groups), range(0, rows, side), range(0, channels, side)
-                ):
-                    span = [
-                        g * rows + r,
-                        g * rows + min(rows, r + side),
-                        c,
-                        min(channels, c + side),
-                    ]
-                    tiles.append([slot, first, len(sharers), *span, r // side, small, adds])
-        launches.append(
-            WeightTiles(
-                torch.tensor(tiles, dtype=torch.int32).reshape(-1, TILE_WIDTH.value),
-                torch.tensor(sharers, dtype=torch.int32),
-            )
-        )
-    return launches
+    """The gradient's tiles (operator_gradient.py), one entry per launch."""
+    return group_tiles(
+        table, "operator", lambda rows, channels: (gradient_side(rows, channels),) * 2
+    )
 
 
 class _Planner:

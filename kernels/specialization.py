@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 # One line per file with kernels; the file defines shipped().
 KERNEL_FILES = (
     "margin_loss", "pair_norm", "operator_product", "operator_gradient", "symbol_pass",
-    "symbol_finish", "symbol_gradient", "composition",
+    "symbol_finish", "symbol_gradient", "separable_pass", "separable_gradient", "composition",
 )  # fmt: skip
 ALIGNED = ":16"
 

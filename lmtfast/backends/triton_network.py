@@ -25,6 +25,7 @@ from lmtfast.kernels.gradient_work import (
 )
 from lmtfast.kernels.operator_work import OperatorWork, operator_tiles, operator_work
 from lmtfast.kernels.scale_work import scale_stretches
+from lmtfast.kernels.separable_work import SeparableWork, separable_tiles, separable_work
 from lmtfast.kernels.symbol_work import SymbolWork, symbol_work
 from lmtfast.table import SCALE_FIELDS, OperatorTable
 
@@ -63,6 +64,8 @@ class Network:
     used: frozenset[int]
     operator: OperatorWork | None
     operator_tiles: list[WeightTiles]
+    separable: SeparableWork | None
+    separable_tiles: list[WeightTiles]
     symbol: SymbolWork | None
     symbol_tiles: WeightTiles
     _known: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
@@ -118,8 +121,8 @@ def prepared(table: OperatorTable, device: torch.device) -> Network:
         torch.tensor(table.scales, dtype=torch.int64).reshape(-1, len(SCALE_FIELDS)),
         torch.tensor(scale_stretches(table), dtype=torch.int64).reshape(-1, 5),
         scale_entries(table), tape_work(table), slots, scales, scales.union(*slots.values()),
-        operator_work(table), operator_tiles(table), symbol_work(table),
-        weight_tiles(table, "symbol"),
+        operator_work(table), operator_tiles(table), separable_work(table),
+        separable_tiles(table), symbol_work(table), weight_tiles(table, "symbol"),
     )  # fmt: skip
     _move(network, device)
     return network

@@ -22,20 +22,22 @@ from lmtfast.kernels import (
     composition,
     operator_gradient,
     operator_product,
+    separable_gradient,
+    separable_pass,
     symbol_finish,
     symbol_gradient,
     symbol_pass,
 )
 from lmtfast.table import OperatorTable
 
-STEPS = frozenset({"operator", "symbol"})
+STEPS = frozenset({"operator", "symbol", "separable"})
 
 
 def spectral_step(
     table: OperatorTable, tensors: Sequence[Tensor], state: Tensor, *, update: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every operator that the table marks as compiled: three launches by ``symbol``,
-    four by power iteration.
+    """One step of every operator that the table marks as compiled: three launches by ``symbol`` and
+    by ``separable``, four by power iteration.
 
     Arguments and results are those of :func:`lmtfast.backends.native_spectral.spectral_step`, on
     a GPU; weights may be float16 as well.
@@ -63,6 +65,7 @@ def spectral_step(
     step = Step(network, views, network.described(views), state, new_state, sigmas, saved, update)
     with torch.cuda.device_of(state):
         _operator_step(step)
+        _separable_step(step)
         _symbol_step(step)
     return sigmas, new_state, saved
 
@@ -103,6 +106,31 @@ def _operator_step(step: Step) -> None:
     )  # fmt: skip
 
 
+def _separable_step(step: Step) -> None:
+    network, work = step.network, step.network.separable
+    if work is None:
+        return
+    operators, described, state = work.operators, step.described, step.state
+    workspace = state.new_empty(work.workspace)
+    counters = torch.empty(work.counters, dtype=torch.int32, device=state.device)
+    groups, packing = work.groups.shape[0], work.packing.shape[0]
+    separable_pass.separable_prepare[(groups + packing + network.stretches.shape[0],)](
+        operators, described, network.factors, network.stretches, work.visits, work.groups,
+        work.packing, state, step.saved, workspace, counters, groups, packing,
+        **separable_pass.PREPARE_GEOMETRY,
+    )  # fmt: skip
+    grid = (work.tiles.shape[0],)
+    separable_pass.separable_image[grid](
+        operators, described, work.visits, work.classes, work.tiles, step.saved, workspace,
+        counters, step.sigmas, UPDATE=step.update, **separable_pass.image_geometry(step.update),
+    )  # fmt: skip
+    if step.update:
+        separable_pass.separable_adjoint[grid](
+            operators, described, work.tiles, state, workspace, counters, step.new_state,
+            **separable_pass.PASS_GEOMETRY,
+        )  # fmt: skip
+
+
 def _symbol_step(step: Step) -> None:
     network, work = step.network, step.network.symbol
     if work is None:
@@ -137,7 +165,8 @@ def spectral_vjp(
 ) -> list[Tensor | None]:
     """Gradient of ``<grad_sigmas, sigmas>`` in every wanted tensor, in the tensor's own dtype.
 
-    One launch by ``symbol``, scales included; one by power iteration, and one for its scales.
+    One launch by ``symbol``, scales included; one by power iteration, two by ``separable``, and one
+    for their scales.
 
     Args:
         table: The plan's table.
@@ -191,6 +220,18 @@ def _write_gradients(
                 part.sharers, targets, saved, grad_sigmas, sums, gradients,
                 DTYPES=network.dtypes("operator", views), SCALES=scales and entries.sums > 0,
                 PRECISION=_precision(), **operator_gradient.GRADIENT_GEOMETRY,
+            )  # fmt: skip
+    if network.separable is not None:
+        work = network.separable
+        workspace = saved.new_empty(work.workspace)
+        separable_gradient.separable_overlap[(work.operators.shape[0],)](
+            work.operators, work.visits, saved, workspace, **separable_gradient.GRADIENT_GEOMETRY
+        )
+        for part in network.separable_tiles:
+            separable_gradient.separable_gradient[(part.tiles.shape[0],)](
+                work.operators, described, part.tiles, part.sharers, targets, saved, grad_sigmas,
+                sums, workspace, gradients, DTYPES=network.dtypes("separable", views),
+                SCALES=scales and entries.sums > 0, **separable_gradient.GRADIENT_GEOMETRY,
             )  # fmt: skip
     # Last, for it reads what the others leave of the scales' gradients.
     tiles = network.symbol_tiles.tiles.shape[0]
