@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +109,19 @@ class Network:
         """Code of the one dtype of an engine's weights, or of several."""
         codes = {DTYPES[t.dtype] for i in self.slots[engine] if (t := views[i]) is not None}
         return codes.pop() if len(codes) == 1 else SEVERAL_DTYPES
+
+
+class Step(NamedTuple):
+    """What the launches of one step share."""
+
+    network: Network
+    views: Sequence[Tensor | None]
+    described: Tensor
+    state: Tensor
+    new_state: Tensor
+    sigmas: Tensor
+    saved: Tensor
+    update: bool
 
 
 @lru_cache(maxsize=64)

@@ -11,17 +11,16 @@ and waits for nothing, so that it can be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmtfast.backends.triton_network import Network, prepared, require_device
+from lmtfast.backends.triton_network import Network, Step, prepared, require_device
+from lmtfast.backends.triton_operator import operator_step, precision
 from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.kernels import (
     composition,
     operator_gradient,
-    operator_product,
     separable_gradient,
     separable_pass,
     symbol_finish,
@@ -64,46 +63,10 @@ def spectral_step(
         new_state = torch.empty_like(state) if network.complete else state.clone()
     step = Step(network, views, network.described(views), state, new_state, sigmas, saved, update)
     with torch.cuda.device_of(state):
-        _operator_step(step)
+        operator_step(step)
         _separable_step(step)
         _symbol_step(step)
     return sigmas, new_state, saved
-
-
-class Step(NamedTuple):
-    """What the launches of one step share."""
-
-    network: Network
-    views: Sequence[Tensor | None]
-    described: Tensor
-    state: Tensor
-    new_state: Tensor
-    sigmas: Tensor
-    saved: Tensor
-    update: bool
-
-
-def _operator_step(step: Step) -> None:
-    network, work = step.network, step.network.operator
-    if work is None:
-        return
-    operators, described, state = work.operators, step.described, step.state
-    workspace = state.new_empty(work.workspace)
-    squares, packing = work.squares.shape[0], work.packing.shape[0]
-    operator_product.operator_pack[(squares + packing + network.stretches.shape[0],)](
-        operators, described, network.factors, network.stretches, work.squares, work.packing,
-        state, step.saved, workspace, squares, packing, **operator_product.PACK_GEOMETRY,
-    )  # fmt: skip
-    precision = _precision()
-    for second, items in ((False, work.images), (True, work.backs))[: 1 + step.update]:
-        operator_product.operator_product[(items.shape[0],)](
-            operators, described, work.visits, items, state, workspace, SECOND=second,
-            PRECISION=precision, **operator_product.product_geometry(precision),
-        )  # fmt: skip
-    operator_product.operator_finish[(work.pieces.shape[0],)](
-        operators, work.pieces, state, step.saved, workspace, step.sigmas, step.new_state,
-        UPDATE=step.update, **operator_product.FINISH_GEOMETRY,
-    )  # fmt: skip
 
 
 def _separable_step(step: Step) -> None:
@@ -219,7 +182,7 @@ def _write_gradients(
                 network.operator.operators, described, network.operator.visits, part.tiles,
                 part.sharers, targets, saved, grad_sigmas, sums, gradients,
                 DTYPES=network.dtypes("operator", views), SCALES=scales and entries.sums > 0,
-                PRECISION=_precision(), **operator_gradient.GRADIENT_GEOMETRY,
+                PRECISION=precision(), **operator_gradient.GRADIENT_GEOMETRY,
             )  # fmt: skip
     if network.separable is not None:
         work = network.separable
@@ -263,11 +226,6 @@ def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
             tape.depth, **composition.compose_geometry(tape.block),
         )  # fmt: skip
     return values, jacobian
-
-
-def _precision() -> str:
-    """float32 as it is, unless torch may round the operands of its own products to TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _require_state(table: OperatorTable, state: Tensor) -> None:

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""Power iteration by Triton kernels: the launches of a step, and products of single operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmtfast.backends.triton_network import Network, Step, prepared, require_device
+from lmtfast.errors import DtypeError, ShapeError
+from lmtfast.kernels import operator_product
+from lmtfast.kernels.gradient_work import rows_of_engine
+from lmtfast.kernels.operator_work import (
+    BACK,
+    ENTERED_COUNT,
+    ENTERED_PARTS,
+    IMAGE,
+    IMAGE_COUNT,
+    IMAGE_PARTS,
+    IMAGE_SIZE,
+    VECTOR_SIZE,
+    OperatorWork,
+)
+from lmtfast.table import FIELDS, OperatorTable
+
+
+def precision() -> str:
+    """float32 as it is, unless torch may round the operands of its own products to TF32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def operator_step(step: Step) -> None:
+    """The launches of one step of every operator that the table gives to power iteration."""
+    work = step.network.operator
+    if work is None:
+        return
+    workspace = step.state.new_empty(work.workspace)
+    _pack(work, step.network, step.described, step.state, step.saved, workspace)
+    _product(work, step.described, work.images, step.state, workspace, second=False)
+    if step.update:
+        _product(work, step.described, work.backs, step.state, workspace, second=True)
+    operator_product.operator_finish[(work.pieces.shape[0],)](
+        work.operators, work.pieces, step.state, step.saved, workspace, step.sigmas,
+        step.new_state, UPDATE=step.update, **operator_product.FINISH_GEOMETRY,
+    )  # fmt: skip
+
+
+def _pack(
+    work: OperatorWork,
+    network: Network,
+    described: Tensor,
+    state: Tensor,
+    saved: Tensor,
+    workspace: Tensor,
+) -> None:
+    squares, packing = work.squares.shape[0], work.packing.shape[0]
+    operator_product.operator_pack[(squares + packing + network.stretches.shape[0],)](
+        work.operators, described, network.factors, network.stretches, work.squares, work.packing,
+        state, saved, workspace, squares, packing, **operator_product.PACK_GEOMETRY,
+    )  # fmt: skip
+
+
+def _product(
+    work: OperatorWork,
+    described: Tensor,
+    items: Tensor,
+    state: Tensor,
+    workspace: Tensor,
+    *,
+    second: bool,
+) -> None:
+    operator_product.operator_product[(items.shape[0],)](
+        work.operators, described, work.visits, items, state, workspace, SECOND=second,
+        PRECISION=precision(), **operator_product.product_geometry(precision()),
+    )  # fmt: skip
+
+
+class _Single(NamedTuple):
+    """One operator of a network, with its kernel packed."""
+
+    work: OperatorWork
+    number: int
+    at: list[int]  # its descriptor
+    described: Tensor
+    state: Tensor
+    saved: Tensor
+    workspace: Tensor
+
+    def written(self, offset: int, x: Tensor, parts: int, count: int) -> None:
+        """Puts a vector into the workspace as one of norm one, by which a product divides."""
+        self.workspace[offset : offset + x.numel()] = x
+        self.normalised(parts, count)
+
+    def normalised(self, parts: int, count: int) -> None:
+        squares = self.workspace[parts : parts + 2 * count].view(torch.float64)
+        squares.zero_()
+        squares[0] = 1.0
+
+    def items(self, items: Tensor) -> Tensor:
+        return items[items[:, 0] == self.number]
+
+
+def _single(
+    table: OperatorTable,
+    row: int,
+    tensors: Sequence[Tensor],
+    v: Tensor | None,
+    device: torch.device,
+) -> _Single:
+    network = prepared(table, device)
+    numbers = rows_of_engine(table, "operator")
+    work = network.operator
+    if work is None or row not in numbers:
+        raise ShapeError(
+            f"a row that power iteration runs, one of {numbers}", str(row), "row",
+            "run the others on the reference backend",
+        )  # fmt: skip
+    at = work.operators[numbers.index(row)].tolist()
+    state = torch.zeros(table.state_size, device=device)
+    if v is not None:
+        start = at[FIELDS.index("state_offset")]
+        state[start : start + at[VECTOR_SIZE.value]] = _vector(v, at[VECTOR_SIZE.value], "v")
+    saved = torch.zeros(table.saved_size, device=device)
+    workspace = torch.empty(work.workspace, device=device)
+    described = network.described(network.views(tensors))
+    with torch.cuda.device_of(state):
+        _pack(work, network, described, state, saved, workspace)
+    return _Single(work, numbers.index(row), at, described, state, saved, workspace)
+
+
+def row_matvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], v: Tensor) -> Tensor:
+    """``A v`` of one compiled operator. Flat float32, ``v`` of any shape with its entries.
+
+    Raises:
+        BackendUnavailableError: ``v`` is on a device that Triton cannot reach here.
+        DtypeError: ``v`` is not float32.
+        ShapeError: ``v`` has another number of entries, or power iteration does not run the row.
+    """
+    require_device(v, "v")
+    single = _single(table, row, tensors, v, v.device)
+    at, workspace = single.at, single.workspace
+    single.normalised(at[ENTERED_PARTS.value], at[ENTERED_COUNT.value])
+    with torch.cuda.device_of(v):
+        _product(
+            single.work, single.described, single.items(single.work.images), single.state,
+            workspace, second=False,
+        )  # fmt: skip
+    return workspace[at[IMAGE.value] : at[IMAGE.value] + at[IMAGE_SIZE.value]].clone()
+
+
+def row_rmatvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], u: Tensor) -> Tensor:
+    """``A^T u`` of one compiled operator; as :func:`row_matvec`."""
+    require_device(u, "u")
+    single = _single(table, row, tensors, None, u.device)
+    at, workspace = single.at, single.workspace
+    x = _vector(u, at[IMAGE_SIZE.value], "u")
+    single.written(at[IMAGE.value], x, at[IMAGE_PARTS.value], at[IMAGE_COUNT.value])
+    with torch.cuda.device_of(u):
+        _product(
+            single.work, single.described, single.items(single.work.backs), single.state,
+            workspace, second=True,
+        )  # fmt: skip
+    return workspace[at[BACK.value] : at[BACK.value] + at[VECTOR_SIZE.value]].clone()
+
+
+def saved_pair(
+    table: OperatorTable, row: int, tensors: Sequence[Tensor], u: Tensor, v: Tensor
+) -> Tensor:
+    """What a step would save if one operator's pair were u, v and all other vectors zero: with it
+    ``spectral_vjp`` finds the gradient of ``<u, A v>``."""
+    require_device(u, "u")
+    single = _single(table, row, tensors, None, u.device)
+    start, sizes = single.at[FIELDS.index("saved_offset")], single.at
+    pair = (
+        _vector(u, sizes[IMAGE_SIZE.value], "u"), _vector(v, sizes[VECTOR_SIZE.value], "v"),
+    )  # fmt: skip
+    single.saved[start : start + sum(x.numel() for x in pair)] = torch.cat(pair)
+    return single.saved
+
+
+def _vector(x: Tensor, size: int, name: str) -> Tensor:
+    if x.dtype != torch.float32:
+        raise DtypeError("a float32 vector", str(x.dtype), name, "convert it first")
+    if x.numel() != size:
+        raise ShapeError(
+            f"{size} entries", str(tuple(x.shape)), name, "use the operator's own shape"
+        )
+    return x.detach().reshape(-1)
