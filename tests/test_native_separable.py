@@ -273,3 +273,25 @@ def test_long_sums_keep_float32_accuracy() -> None:
     (grad,) = compiled.vjp(saved)
     assert grad is not None
     torch.testing.assert_close(grad.double(), goal, rtol=1e-4, atol=2e-6 * goal.abs().max().item())
+
+
+@pytest.mark.parametrize("engine", sorted(native_spectral.STEPS))
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_the_new_iterates_are_written_whole(engine: str, spoilt: bool) -> None:
+    """Also where a step keeps the old ones: a caller's buffer may hold anything."""
+    network = conv("c", (6, 4, 3, 3), (5, 6), groups=2) + scaled(conv("d", (5, 7, 3, 3), (6, 5)))
+    if spoilt:
+        network = network.map(lambda w: torch.full_like(w, torch.nan))
+    plan = network.plan(engine, "native")
+    tensors, table = network.values(plan), plan.table
+    state = randn(table.state_size, seed=1)
+    found = []
+    for new in (state.clone(), torch.full_like(state, torch.nan)):
+        sigmas, saved = torch.zeros(len(table.rows)), torch.zeros(table.saved_size)
+        native_spectral.packed(table).step(
+            native_spectral._described(tensors), state.data_ptr(), new.data_ptr(),
+            sigmas.data_ptr(), saved.data_ptr(), 2,
+        )  # fmt: skip
+        found.append(new)
+    assert found[1].isfinite().all()
+    assert torch.equal(*found)

@@ -8,9 +8,9 @@
 //
 // Up to kExactClasses classes everything is formed from differences. Beyond, from products in float
 // of rows minus another row (which shifts nothing: every term is a difference): row 0, or for the
-// gradient the mean. A distance below an eighth of its rows' length is formed again from
+// gradient the mean. What belongs to a distance below an eighth of its rows' length is formed from
 // differences, so that no distance has a relative error above about 1e-5, however close its rows
-// are. Integers whose squares sum to less than 2^24 give the squared distance without rounding.
+// are, and no gradient loses more than that to them. Integers whose squares sum to less than 2^24 give the squared distance without rounding.
 //
 // Cost: 2 U K D flops forward and 4 U K D for the gradient; half of either where every row is
 // wanted. Memory: the head or the table once more, packed; never (U, K, D).

@@ -3,6 +3,7 @@
 #include "ops/pair_norm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "core/element.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "ops/cpu/close_pairs.h"
 #include "ops/cpu/product.h"
 
 namespace lmtfast {
@@ -19,8 +21,6 @@ namespace {
 constexpr int64_t kSumBlock = 256;
 constexpr int64_t kRatioBlock = 4096;
 constexpr int64_t kWorkPerThread = 1 << 18;  // multiplications, about 10 us
-// Squared distance over the rows' squares below which products are not trusted.
-constexpr double kClose = 1.0 / 64;
 constexpr double kTiny = 1e-30, kHuge = 1e37;
 
 bool is_poor(double left, double both) {
@@ -171,16 +171,19 @@ void norms_from_products(const Head<W>& head, float* norms) {
   if (symmetric) mirror(norms, p.k, head.threads);
 }
 
-// The table of ratios with its sums along both axes.
+// The table of ratios, those of close pairs left out, with its sums along both axes.
 template <class W>
 struct Ratios {
+  ClosePairs<Head<W>> close;
+  std::atomic<bool> apart{false};   // whether there are close pairs
   Buffer<float> values;             // (u, k)
   std::vector<double> row, column;  // (u), (k)
   std::vector<const float*> lines;  // (u)
   std::vector<float> zeros;         // (max of u and k): what packing subtracts
 
   Ratios(const Head<W>& head, const float* norms, const float* grad)
-      : values(std::max<int64_t>(1, head.p.u * head.p.k)),
+      : close(head),
+        values(std::max<int64_t>(1, head.p.u * head.p.k)),
         row(static_cast<size_t>(head.p.u)),
         column(static_cast<size_t>(head.p.k)),
         lines(static_cast<size_t>(head.p.u)),
@@ -192,10 +195,13 @@ struct Ratios {
     std::vector<double> parts(static_cast<size_t>(u * blocks));
     parallel_for(blocks, head.threads, [&](int64_t block) {
       const int64_t begin = block * kRatioBlock, count = std::min(kRatioBlock, k - begin);
+      std::vector<float> room;
       for (int64_t i = 0; i < u; ++i) {
         const int64_t at = i * k + begin;
-        parts[i * blocks + block] =
-            head.kernel.ratio_of(grad + at, norms + at, count, values.data() + at, &column[begin]);
+        const float* others = close.others(i, begin, count, norms + at, grad + at, room);
+        if (others) apart = true;
+        parts[i * blocks + block] = head.kernel.ratio_of(others ? others : grad + at, norms + at,
+                                                         count, values.data() + at, &column[begin]);
       }
     });
     for (int64_t i = 0; i < u; ++i) {
@@ -280,6 +286,7 @@ void vjp_of_all_rows(const Head<W>& head, const float* norms, const float* grad,
           }
         }
       });
+  if (ratios.apart) ratios.close.add(norms, grad, grad_weight);
 }
 
 // Chosen rows: what they send to their own classes, then everything a class receives.
@@ -343,6 +350,7 @@ void vjp_of_chosen_rows(const Head<W>& head, const float* norms, const float* gr
           }
         }
       });
+  if (ratios.apart) ratios.close.add(norms, grad, grad_weight);
 }
 
 }  // namespace

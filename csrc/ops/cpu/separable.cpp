@@ -356,7 +356,7 @@ void SeparableStep::pull(const Unit& unit) {
                });
 }
 
-// The new iterate, unless it is zero or not finite.
+// The new iterate; the old one where that is zero or not finite.
 void SeparableStep::finish(const Unit& unit) {
   Group& group = groups_[unit.group];
   const SeparableOperator& op = *group.op;
@@ -382,8 +382,12 @@ void SeparableStep::finish(const Unit& unit) {
   bool usable = length > 0.0 && std::isfinite(length);
   const float* h = group.patterns[kGridSteps];
   for (int64_t i = 0; i < inputs * op.lanes; ++i) usable = usable && std::isfinite(h[i]);
-  if (!usable) return;
-  float* to = call_.new_state + (state_of(group) - call_.state);
+  const float* from = state_of(group);
+  float* to = call_.new_state + (from - call_.state);
+  if (!usable) {
+    std::copy_n(from, op.rank * (inputs + channels), to);
+    return;
+  }
   for (int64_t i = 0; i < inputs; ++i) {
     for (int64_t k = 0; k < op.rank; ++k) *to++ = h[i * op.lanes + k];
   }
