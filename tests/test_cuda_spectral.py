@@ -7,6 +7,7 @@ What their results are is in tests/test_contract_spectral.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from lmtfast.backends import cuda_spectral
 from lmtfast.backends.reference import Leaves
 from lmtfast.engines import get_engine
+from lmtfast.graph import Conv, Region, RegionNode
 from lmtfast.plan import BoundPlan
 from tests.spectral_cases import CASES, Network, conv, matrix, randn, scaled, tap_major
 
@@ -103,3 +105,69 @@ def test_shares_of_many_operators(core: ModuleType, limit: int) -> None:
     got = cuda_spectral.spectral_step(plan.table, tensors, state, update=True)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def sharing() -> Network:
+    """Two operators behind one batch norm and one scalar, and one with scales of its own."""
+    first, second = (scaled(conv(name, (5, 4, 3, 3), (6, 5))) for name in ("first", "second"))
+    op = second.regions[0].primitive
+    assert isinstance(op, Conv)
+    like = first.regions[0].primitive
+    assert isinstance(like, Conv)
+    op = replace(op, row_scales=like.row_scales)
+    region = Region(op.name, op.in_shape, op.out_shape, (RegionNode(op, (-1,)),))
+    tensors = {op.weight: second.tensors[op.weight]} | {
+        ref: t for ref, t in second.tensors.items() if str(ref).count("before")
+    }
+    return first + CASES["scaled_groups"] + Network([region], tensors)
+
+
+def reshaped() -> Network:
+    """One weight as a grouped and as a dense convolution."""
+    grouped = conv("reshaped", (6, 3, 3, 3), (5, 4), groups=2)
+    op = conv("reshaped", (6, 3, 3, 3), (5, 4)).regions[0].primitive
+    assert isinstance(op, Conv)
+    dense = Region("dense", op.in_shape, op.out_shape, (RegionNode(op, (-1,)),))
+    return Network([*grouped.regions, dense], grouped.tensors)
+
+
+@pytest.mark.parametrize("engine", ["symbol", "separable", "operator"])
+@pytest.mark.parametrize(
+    ("network", "launches"),
+    [(CASES["plain"], 1), (CASES["many"], 1), (CASES["tied"], 1), (sharing(), 1), (reshaped(), 2)],
+    ids=["plain", "many", "tied", "sharing", "reshaped"],
+)
+def test_launches_of_a_gradient(
+    core: ModuleType, network: Network, launches: int, engine: str
+) -> None:
+    plan, tensors, state = start_of(network, engine)
+    _, _, saved = cuda_spectral.spectral_step(plan.table, tensors, state, update=False)
+    grad = randn(len(network.regions), seed=7)
+    wanted = [True] * len(tensors)
+    core.count_launches(reset=True)
+    found = cuda_spectral.spectral_vjp(plan.table, tensors, saved, grad, wanted)
+    assert core.count_launches() == launches
+    for seed in (1, 2):
+        core.set_order(seed)
+        again = cuda_spectral.spectral_vjp(plan.table, tensors, saved, grad, wanted)
+        assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    core.set_order(0)
+    for a, b in zip(found, reference_vjp(network, engine, plan, state, grad), strict=True):
+        assert a is not None
+        scale = b.abs().max().item() + grad.abs().max().item() * 1e-2
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * scale)
+
+
+def reference_vjp(
+    network: Network, engine: str, plan: BoundPlan, state: Tensor, grad: Tensor
+) -> list[Tensor]:
+    definition = get_engine(engine)
+    variables = {ref: t.double().requires_grad_() for ref, t in network.tensors.items()}
+    total = {ref: torch.zeros_like(t) for ref, t in variables.items()}
+    parts = state.double().split(list(plan.state_sizes))
+    for i, (region, part) in enumerate(zip(network.regions, parts, strict=True)):
+        leaves = Leaves({ref: t.detach() for ref, t in variables.items()})
+        saved = definition.step(region, leaves, part, update=False).saved
+        for ref, found in definition.vjp(region, variables, saved).items():
+            total[ref] = total[ref] + grad[i].double() * found
+    return [total[ref].detach() for ref in plan.slots]

@@ -79,7 +79,7 @@ def spectral_vjp(
 ) -> list[Tensor | None]:
     """Gradient of ``<grad_sigmas, sigmas>`` in every wanted tensor, in the tensor's own dtype.
 
-    One launch, two more where channel scales have gradients, one before for ``separable``.
+    One launch, scales included; one more for each further shape in which a weight is read.
     """
     views = [_dense(t, saved.device) for t in tensors]
     grads = [

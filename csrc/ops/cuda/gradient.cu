@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Gradients of the norms in the weights and in their channel scales. Floor: one write of every
-// gradient, and for the power iteration one multiply-add per weight and output position.
+// Gradients of the norms in the weights and in their channel scales, in one launch. Floor: one write
+// of every gradient, and for the power iteration one multiply-add per weight and output position.
 #include <cmath>
 
+#include "ops/cuda/operator.h"
 #include "ops/cuda/scales.h"
-#include "ops/cuda/separable.h"
 #include "ops/cuda/spectral.h"
 
 namespace lmtfast::cuda {
@@ -17,23 +17,20 @@ __device__ bool loses(const View& v, const Op& op) {
   return static_cast<int32_t>(v.saved[op.row.saved_offset]) != op.group;
 }
 
-// Gradient of sigma in the acting kernel at one entry, for the methods that have it at hand.
+// Gradient of sigma in the acting kernel at one entry, where it is no sum over positions.
 __device__ float panel_gradient(const View& v, const Op& op, int32_t o, int32_t column) {
   const Stencil& s = op.s;
   const float* saved = v.saved + op.row.saved_offset;
-  const Column at = column_at(s, op.tap_major(), column);
-  const auto method = static_cast<Method>(op.work.method);
-  if (method == Method::kSymbol) {
-    const float* u = saved + 1 + 2 * o;
-    const float* z = saved + 1 + 2 * s.rows + 2 * column_of(s, false, at.channel, at.tap);
-    return std::fma(u[0], z[0], u[1] * z[1]);
+  if (static_cast<Method>(op.work.method) == Method::kMatrix) {
+    return saved[o] * saved[s.rows + column];
   }
-  if (method == Method::kMatrix) return saved[o] * saved[s.rows + column];
+  const Column at = column_at(s, op.tap_major(), column);
   const int32_t rank = static_cast<int32_t>(op.row.rank);
-  const float* y = v.floats + op.work.mixed + (static_cast<int64_t>(o) * s.taps + at.tap) * kPanel;
   const float* a = saved + 2 + static_cast<int64_t>(s.inputs + at.channel) * rank;
+  const float* mixed = saved + 2 + static_cast<int64_t>(s.inputs + s.channels) * rank +
+                       (static_cast<int64_t>(o) * s.taps + at.tap) * rank;
   float sum = 0.0f;
-  for (int k = 0; k < rank; ++k) sum = std::fma(y[k], a[k], sum);
+  for (int k = 0; k < rank; ++k) sum = std::fma(mixed[k], a[k], sum);
   return sum;
 }
 
@@ -95,54 +92,143 @@ __device__ void write_sums(const View& v, const Op& op, const Item& item, int32_
   }
 }
 
-template <int kCapacity>
-__global__ void __launch_bounds__(kBlockThreads)
-    gradient_kernel(View v, const __grid_constant__ Words<kCapacity> tensors,
-                    const __grid_constant__ Words<kCapacity> grads) {
-  const Item item = v.items[blockIdx.x];
-  v.tensors = tensors.word;
-  const Op op(v, item.op, item.group);
+// Where a gradient goes.
+struct Target {
+  struct alignas(16) Four {
+    float v[4];
+  };
+  float* data;      // of the weight, or null
+  bool accumulate;  // to what is there
+  bool sums;        // of rows and columns, for the scales
+
+  // Four neighbours at `at`, of which `left` exist; in one piece where rows are aligned.
+  __device__ void store(int64_t at, int32_t left, bool aligned, const float (&value)[4]) const {
+    float* to = data + at;
+    if (aligned) {
+      LMTFAST_ALIGNED(to, sizeof(Four));
+      Four four = accumulate ? *reinterpret_cast<const Four*>(to) : Four{};
+      LMTFAST_UNROLL
+      for (int i = 0; i < 4; ++i) four.v[i] = accumulate ? four.v[i] + value[i] : value[i];
+      *reinterpret_cast<Four*>(to) = four;
+      return;
+    }
+    LMTFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i < left) to[i] = accumulate ? to[i] + value[i] : value[i];
+    }
+  }
+  __device__ bool aligned(const Stencil& s) const {
+    return reinterpret_cast<uintptr_t>(data) % sizeof(Four) == 0 && s.columns % 4 == 0;
+  }
+};
+
+// An outer product's stretch of rows: a thread keeps its four columns.
+__device__ void strip_gradient(const View& v, const Op& op, const Item& item, float grad,
+                               const Target& target) {
+  const Stencil& s = op.s;
+  const int32_t across = static_cast<int32_t>((s.columns + kStripColumns - 1) / kStripColumns);
+  const int32_t row0 = item.tile / across * kTileSide;
+  const int32_t column0 =
+      item.tile % across * kStripColumns + 4 * static_cast<int32_t>(threadIdx.x);
+  const int32_t left = s.columns - column0;
+  const int32_t row_end = s.rows - row0 < kTileSide ? s.rows : row0 + kTileSide;
+  if (left <= 0) return;
+  const bool symbol = static_cast<Method>(op.work.method) == Method::kSymbol;
+  const float* u = v.saved + op.row.saved_offset + (symbol ? 1 : 0);
+  const float* z = u + (symbol ? 2 : 1) * static_cast<int64_t>(s.rows);
+  const bool lost = loses(v, op);
+  float re[4] = {}, im[4] = {}, scale[4] = {}, total[4] = {}, value[4];
+  LMTFAST_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (i >= left || lost) continue;
+    const Column at = column_at(s, op.tap_major(), column0 + i);
+    const int64_t entry = column_of(s, false, at.channel, at.tap);
+    re[i] = z[symbol ? 2 * entry : entry];
+    im[i] = symbol ? z[2 * entry + 1] : 0.0f;
+    scale[i] = op.cs(at.channel);
+  }
+  const bool aligned = target.aligned(s);
+  const bool by_column = target.sums && op.column_scale != nullptr;
+  for (int32_t o = row0; o < row_end; ++o) {
+    const int64_t at = op.first_weight() + static_cast<int64_t>(o) * s.columns + column0;
+    const float u_re = lost ? 0.0f : u[symbol ? 2 * o : o];
+    const float u_im = lost || !symbol ? 0.0f : u[2 * o + 1];
+    const float row_scale = op.rs(o);
+    LMTFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float entry = std::fma(u_re, re[i], u_im * im[i]);
+      value[i] = grad * (row_scale * scale[i]) * entry;
+      if (by_column && i < left) {
+        total[i] = std::fma(op.weight_at(at + i), row_scale * entry, total[i]);
+      }
+    }
+    if (target.data != nullptr) target.store(at, left, aligned, value);
+  }
+  if (!by_column) return;
+  float* sums =
+      v.floats + op.work.column_sums +
+      (static_cast<int64_t>(item.group) * tiles_of(s.rows) + item.tile / across) * s.columns +
+      column0;
+  LMTFAST_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (i < left) sums[i] = grad * total[i];
+  }
+}
+
+__device__ void tile_gradient(const View& v, const Op& op, const Item& item, float grad,
+                              const Target& target) {
   const Stencil& s = op.s;
   const int32_t column_tiles = tiles_of(s.columns);
   const int32_t row0 = item.tile / column_tiles * kTileSide;
   const int32_t column0 = item.tile % column_tiles * kTileSide;
-  float* out = address_of<float>(grads.word[op.row.weight_slot]);
-  const bool sums =
-      v.grad_scales != nullptr && (op.row_scale != nullptr || op.column_scale != nullptr);
-  if (out == nullptr && !sums) return;
-  const float grad = v.grad_sigmas[item.op];
   TileSum gradient;
   acting_gradient(v, op, row0, column0, gradient);
   const SharedTile& tile = share_tile(gradient);
-  if (out != nullptr) {
-    for_each_entry(tile, [&](int32_t row, int32_t i, float entry) {
-      const int32_t o = row0 + row, column = column0 + i;
-      if (o >= s.rows || column >= s.columns) return;
-      const float scale = op.rs(o) * op.cs(column_at(s, op.tap_major(), column).channel);
-      float& to = out[op.first_weight() + static_cast<int64_t>(o) * s.columns + column];
-      const float value = grad * scale * entry;
-      to = op.work.accumulate ? to + value : value;
-    });
+  const bool aligned = target.aligned(s);
+  for (int32_t i = threadIdx.x; i < kTileSide * kTileSide / 4 && target.data != nullptr;
+       i += kTileThreads) {
+    const int32_t row = i / (kTileSide / 4), first = i % (kTileSide / 4) * 4;
+    const int32_t o = row0 + row, left = s.columns - column0 - first;
+    if (o >= s.rows || left <= 0) continue;
+    float value[4] = {};
+    LMTFAST_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      if (k >= left) continue;
+      const float scale =
+          op.rs(o) * op.cs(column_at(s, op.tap_major(), column0 + first + k).channel);
+      value[k] = grad * scale * tile[row][first + k];
+    }
+    target.store(op.first_weight() + static_cast<int64_t>(o) * s.columns + column0 + first, left,
+                 aligned, value);
   }
-  if (sums) write_sums(v, op, item, row0, column0, grad, tile);
+  if (target.sums) write_sums(v, op, item, row0, column0, grad, tile);
 }
 
-// Gradient of the scale buffer: one block per operator and group.
-template <int kCapacity>
-__global__ void __launch_bounds__(kBlockThreads)
-    sums_kernel(View v, const __grid_constant__ Words<kCapacity> tensors) {
-  const Item item = v.items[blockIdx.x];
-  const OpRow& row = v.rows[item.op];
-  const OpWork& work = v.work[item.op];
-  const Stencil& s = v.work[item.op].stencil;
-  const bool tap_major = has_bit(tensors.word[row.weight_slot], kTapMajorBit);
+// Gradient of the scale buffer, of one operator and group.
+__device__ void sum_scales(const View& v, const Item& item) {
+  const Op op(v, item.op, item.group);
+  const OpRow& row = op.row;
+  const OpWork& work = op.work;
+  const Stencil& s = op.s;
   const int32_t row_tiles = tiles_of(s.rows), column_tiles = tiles_of(s.columns);
   const int64_t group = item.group;
+  const bool symbol = static_cast<Method>(work.method) == Method::kSymbol;
   if (row.row_scale >= 0) {
+    const float* u = v.saved + row.saved_offset + 1;
+    const float* p = u + 2 * (static_cast<int64_t>(s.rows) + s.columns);
+    const double grad = loses(v, op) ? 0.0 : v.grad_sigmas[item.op];
     for (int32_t o = threadIdx.x; o < s.rows; o += kBlockThreads) {
       double total = 0;
-      for (int32_t tile = 0; tile < column_tiles; ++tile) {
-        total += v.floats[work.row_sums + (group * column_tiles + tile) * s.rows + o];
+      if (symbol) {
+        // The sum over the row of weights, column scales and z is saved.
+        if (grad != 0.0) {
+          total = grad * (static_cast<double>(u[2 * o]) * p[2 * o] +
+                          static_cast<double>(u[2 * o + 1]) * p[2 * o + 1]);
+        }
+      } else {
+        for (int32_t tile = 0; tile < column_tiles; ++tile) {
+          total += v.floats[work.row_sums + (group * column_tiles + tile) * s.rows + o];
+        }
       }
       v.grad_scales[row.row_scale + group * s.rows + o] = static_cast<float>(total);
     }
@@ -153,7 +239,7 @@ __global__ void __launch_bounds__(kBlockThreads)
       for (int32_t tile = 0; tile < row_tiles; ++tile) {
         for (int32_t tap = 0; tap < s.taps; ++tap) {
           total += v.floats[work.column_sums + (group * row_tiles + tile) * s.columns +
-                            column_of(s, tap_major, c, tap)];
+                            column_of(s, op.tap_major(), c, tap)];
         }
       }
       v.grad_scales[row.column_scale + group * s.channels + c] = static_cast<float>(total);
@@ -166,11 +252,13 @@ struct FactorSlopes {
   double slot, variance;
 };
 
-__device__ FactorSlopes slopes_at(const View& v, int64_t k, int64_t i) {
+// Of factor k at entry i; those among others_begin.. with its offset are its companions.
+__device__ FactorSlopes slopes_at(const View& v, int64_t k, int64_t i, int64_t others_begin,
+                                  int64_t others_end) {
   const lmtfast_scale_row& scale = v.scales[k];
   const ScaleFactor f = factor_at(scale, v.tensors, i);
   double others = v.grad_scales[scale.offset + i];
-  for (int64_t other = 0; other < v.n_scales; ++other) {
+  for (int64_t other = others_begin; other < others_end; ++other) {
     if (other == k || v.scales[other].offset != scale.offset) continue;
     others *= factor_at(v.scales[other], v.tensors, i).value;
   }
@@ -181,89 +269,75 @@ __device__ FactorSlopes slopes_at(const View& v, int64_t k, int64_t i) {
           others * -0.5 * sign * f.value / (f.root * f.root)};
 }
 
-// One block per tensor of scales: factors that read it, in the order of the table.
-template <int kCapacity>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    scales_kernel(View v, const __grid_constant__ Words<kCapacity> tensors,
-                  const __grid_constant__ Words<kCapacity> grads) {
-  const int32_t slot = v.items[blockIdx.x].op;
-  v.tensors = tensors.word;
-  float* out = address_of<float>(grads.word[slot]);
-  if (out == nullptr) return;
-  const bool single = has_bit(tensors.word[slot], kSingleBit);
-  double whole = 0;
-  bool first = true;
-  for (int64_t k = 0; k < v.n_scales; ++k) {
-    const lmtfast_scale_row& scale = v.scales[k];
-    if (scale.slot != slot && scale.variance_slot != slot) continue;
-    double sum = 0;
-    for (int64_t i = threadIdx.x; i < scale.length; i += kBlockThreads) {
-      const FactorSlopes slopes = slopes_at(v, k, i);
-      double grad = 0;
-      if (scale.slot == slot) grad += slopes.slot;
-      if (scale.variance_slot == slot) grad += slopes.variance;
-      sum += grad;
-      if (!single) out[i] = static_cast<float>(first ? grad : out[i] + grad);
-    }
-    if (single) whole += Team<true>::sum(sum);
-    first = false;
+// Adds one factor's share to the gradient of one tensor; `first`: nothing is there yet.
+__device__ void add_slot(const View& v, const Item& item, bool first, float* out) {
+  const int64_t slot = item.op, k = item.group;
+  const lmtfast_scale_row& scale = v.scales[k];
+  const bool single = has_bit(v.tensors[slot], kSingleBit);
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < scale.length; i += kBlockThreads) {
+    const FactorSlopes slopes = slopes_at(v, k, i, item.tile, item.tiles);
+    double grad = 0;
+    if (scale.slot == slot) grad += slopes.slot;
+    if (scale.variance_slot == slot) grad += slopes.variance;
+    sum += grad;
+    if (!single) out[i] = static_cast<float>(first ? grad : out[i] + grad);
   }
-  if (single && threadIdx.x == 0) *out = static_cast<float>(whole);
+  if (!single) return;
+  sum = Team<true>::sum(sum);
+  if (threadIdx.x == 0) *out = static_cast<float>(first ? sum : *out + sum);
 }
 
-// The separable image as its gradient reads it: mixed by the overlap of the shifted patterns.
-__global__ void __launch_bounds__(kBlockThreads, 1) gradient_grid_kernel(View v) {
-  const Item item = v.items[blockIdx.x];
-  const OpRow& row = v.rows[item.op];
-  const float* saved = v.saved + row.saved_offset;
-  const Op op(v, item.op, static_cast<int32_t>(saved[0]));
-  const Stencil& s = op.s;
-  const int32_t rank = static_cast<int32_t>(row.rank);
-  // The first group's share of the workspace serves whichever group has won.
-  float* patterns = v.floats + op.work.patterns;
-  float* overlap = v.floats + op.work.overlap;
-  float* image = v.floats + op.work.image;
-  float* mixed = v.floats + op.work.mixed;
-  const float* h = saved + 2;
-  const float* y = h + static_cast<int64_t>(s.inputs + s.channels) * rank;
-  const float sigma = saved[1];
-  const float inverse = sigma > 0.0f ? 1.0f / sigma : 1.0f;
-  const auto widen_rows = [&](float* to, const float* from, int64_t rows, float factor) {
-    for (int64_t i = threadIdx.x; i < rows * kPanel; i += kBlockThreads) {
-      const int64_t c = i % kPanel;
-      to[i] = c < rank ? from[i / kPanel * rank + c] * factor : 0.0f;
-    }
-  };
-  widen_rows(patterns, h, s.inputs, 1.0f);
-  widen_rows(image, y, static_cast<int64_t>(s.rows) * s.taps, inverse);
+// All scales of a circle, by the block that completed its weight gradients.
+template <int kCapacity>
+__device__ void scale_gradients(const View& v, const Circle& circle,
+                                const Words<kCapacity>& grads) {
+  for (int64_t i = circle.sums_begin; i < circle.sums_end; ++i) sum_scales(v, v.sums[i]);
   __syncthreads();
-  overlap_of(op, patterns, rank, overlap);
-  mix_image(op, image, overlap, rank, mixed);
+  for (int64_t i = circle.slots_begin; i < circle.slots_end; ++i) {
+    const Item item = v.slots[i];
+    float* out = address_of<float>(grads.word[item.op]);
+    const bool first = i == circle.slots_begin || v.slots[i - 1].op != item.op;
+    if (out != nullptr) add_slot(v, item, first, out);
+    __syncthreads();
+  }
+}
+
+// A block writes its part of a gradient for all operators that add to it, one after another.
+template <int kCapacity>
+__global__ void __launch_bounds__(kBlockThreads, 2)
+    gradient_kernel(View v, const __grid_constant__ Words<kCapacity> tensors,
+                    const __grid_constant__ Words<kCapacity> grads) {
+  const Item item = v.items[blockIdx.x];
+  v.tensors = tensors.word;
+  for (int64_t index = item.op; index >= 0; index = v.work[index].tied) {
+    const Op op(v, static_cast<int32_t>(index), item.group);
+    const Target target{
+        address_of<float>(grads.word[op.row.weight_slot]),
+        v.work[item.op].accumulate || index != item.op,
+        v.grad_scales != nullptr && (op.row_scale != nullptr || op.column_scale != nullptr)};
+    if (target.data == nullptr && !target.sums) continue;
+    const float grad = v.grad_sigmas[index];
+    if (gradient_in_strips(op.row)) {
+      strip_gradient(v, op, item, grad, target);
+    } else {
+      tile_gradient(v, op, item, grad, target);
+    }
+    __syncthreads();
+  }
+  const int64_t circle = v.work[item.op].circle;
+  if (v.grad_scales == nullptr || circle < 0) return;
+  if (!last_of(v.counters + circle, static_cast<int32_t>(v.circles[circle].blocks))) return;
+  scale_gradients(v, v.circles[circle], grads);
 }
 
 }  // namespace
-
-void launch_gradient_grid(const View& view, unsigned blocks, Stream stream) {
-  LMTFAST_LAUNCH(gradient_grid_kernel, blocks, kBlockThreads, 0, stream, view);
-}
 
 void launch_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,
                      unsigned blocks, Stream stream) {
   with_capacity(view.n_tensors, [&](auto capacity) {
     LMTFAST_LAUNCH(gradient_kernel<capacity>, blocks, kBlockThreads, 0, stream, view,
                    words_of<capacity>(tensors, view.n_tensors),
-                   words_of<capacity>(grads, view.n_tensors));
-  });
-}
-
-void launch_scale_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,
-                           unsigned sums, unsigned slots, Stream stream) {
-  View second = view;
-  second.items += sums;
-  with_capacity(view.n_tensors, [&](auto capacity) {
-    const auto words = words_of<capacity>(tensors, view.n_tensors);
-    LMTFAST_LAUNCH(sums_kernel<capacity>, sums, kBlockThreads, 0, stream, view, words);
-    LMTFAST_LAUNCH(scales_kernel<capacity>, slots, kBlockThreads, 0, stream, second, words,
                    words_of<capacity>(grads, view.n_tensors));
   });
 }

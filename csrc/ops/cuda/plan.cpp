@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "ops/cuda/circles.h"
 #include "ops/cuda/frequency.h"
 
 namespace lmtfast::cuda {
@@ -74,7 +75,6 @@ class Builder {
   void plan_stencil(int64_t i, const Stencil& s);
   void plan_scales(int64_t i);
   void plan_gradient(int64_t i, const Stencil& s);
-  void plan_slots();
 
   const lmtfast_network& net_;
   int64_t shared_floats_;
@@ -197,9 +197,10 @@ void Builder::plan_separable(int64_t i, const Stencil& s) {
   work.grid = floats(g * s.outputs * pairs);
   work.gram = floats(g * pairs * pairs);
   work.overlap = floats(g * pairs * pairs);
+  work.saved_overlap = floats(pairs * pairs);
+  work.saved_mixed = floats(s.rows * pairs);
   work.values = doubles(2 * g);
   work.counters = take(header_.counters, 2 * g);
-  add(kGradientGrid, i, 0, 1);
   for (int64_t group = 0; group < g; ++group) {
     add(kPrepare, i, group, 1);
     add(kPanelImage, i, group, work.image_tiles);
@@ -235,25 +236,39 @@ void Builder::plan_stencil(int64_t i, const Stencil& s) {
   add(kFinish, i, 0, pieces(s.groups * std::max(inside, outside), kVectorEntries));
 }
 
+// Whether two operators write the gradient of their weight in the same blocks.
+bool same_gradient(const OpRow& a, const OpRow& b) {
+  return a.weight_slot == b.weight_slot && a.groups == b.groups && a.rows == b.rows &&
+         a.channels == b.channels && volume_of(a.kernel) == volume_of(b.kernel) &&
+         gradient_in_strips(a) == gradient_in_strips(b);
+}
+
 void Builder::plan_gradient(int64_t i, const Stencil& s) {
   OpWork& work = work_[i];
   const OpRow& row = net_.rows[i];
   const int64_t row_tiles = pieces(s.rows, kTileSide), column_tiles = pieces(s.columns, kTileSide);
+  work.tied = work.circle = -1;
+  if (row.row_scale >= 0) work.row_sums = floats(s.groups * column_tiles * s.rows);
+  if (row.column_scale >= 0) work.column_sums = floats(s.groups * row_tiles * s.columns);
   int64_t round = 0;
   for (int64_t other = 0; other < i; ++other) {
-    round += net_.rows[other].kind != 0 && net_.rows[other].weight_slot == row.weight_slot;
+    const OpRow& o = net_.rows[other];
+    if (o.kind == 0 || o.weight_slot != row.weight_slot) continue;
+    if (same_gradient(o, row) && work_[other].tied < 0) {
+      work_[other].tied = i;
+      return;
+    }
+    bool heads = true;
+    for (int64_t before = 0; before < other; ++before) heads = heads && work_[before].tied != other;
+    round += heads;
   }
   work.accumulate = round > 0;
   if (static_cast<int64_t>(rounds_.size()) <= round) rounds_.resize(round + 1);
+  const int64_t across = gradient_in_strips(row) ? pieces(s.columns, kStripColumns) : column_tiles;
   for (int64_t group = 0; group < s.groups; ++group) {
-    add(kGradient, i, group, row_tiles * column_tiles);
+    add(kGradient, i, group, row_tiles * across);
     for (auto& item : items_[kGradient]) rounds_[round].push_back(item);
     items_[kGradient].clear();
-  }
-  if (row.row_scale >= 0) work.row_sums = floats(s.groups * column_tiles * s.rows);
-  if (row.column_scale >= 0) work.column_sums = floats(s.groups * row_tiles * s.columns);
-  if (row.row_scale >= 0 || row.column_scale >= 0) {
-    for (int64_t group = 0; group < s.groups; ++group) add(kGradientSums, i, group, 1);
   }
 }
 
@@ -275,28 +290,18 @@ void Builder::plan_row(int64_t i) {
   plan_gradient(i, s);
 }
 
-// One block per tensor that scales read.
-void Builder::plan_slots() {
-  std::vector<int64_t> slots;
-  for (int64_t k = 0; k < net_.n_scales; ++k) {
-    for (const int64_t slot : {net_.scales[k].slot, net_.scales[k].variance_slot}) {
-      if (slot >= 0) slots.push_back(slot);
-    }
-  }
-  std::sort(slots.begin(), slots.end());
-  slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
-  for (const int64_t slot : slots) {
-    add(kGradientSlots, slot, 0, 1);
-    header_.n_slots = std::max(header_.n_slots, slot + 1);
-  }
-}
-
 std::vector<int64_t> Builder::build() {
   items_[kPrepare].push_back({-1, 0, 0, 0});
   for (int64_t i = 0; i < net_.n_rows; ++i) {
     if (net_.rows[i].kind != 0) plan_row(i);
   }
-  plan_slots();
+  const Circles circles = make_circles(net_, work_, rounds_);
+  items_[kGradientSums] = circles.sums;
+  items_[kGradientSlots] = circles.slots;
+  for (const Item& item : circles.slots) {
+    header_.n_slots = std::max(header_.n_slots, int64_t{item.op} + 1);
+  }
+  header_.counters = std::max(header_.counters, static_cast<int64_t>(circles.circles.size()));
   require(header_.n_slots <= kMaxTensors, "at most 1800 tensors", header_.n_slots, "n_tensors");
   header_.grad_scales = floats(net_.scale_size);
   header_.magic = kPlanMagic;
@@ -333,6 +338,8 @@ std::vector<int64_t> Builder::build() {
   }
   begins.push_back(static_cast<int64_t>(items_[kGradient].size()));
   header_.rounds = append(begins.data(), begins.size() * sizeof(int64_t));
+  header_.circles = append(circles.circles.data(), circles.circles.size() * sizeof(Circle));
+  header_.n_circles = static_cast<int64_t>(circles.circles.size());
   for (int stage = 0; stage < kStages; ++stage) {
     const auto& items = items_[stage];
     need(static_cast<int64_t>(items.size()) < kMaxIndex, "fewer than 2^31 blocks",

@@ -17,10 +17,18 @@ namespace lmtfast::cuda {
 // own, bound by memory.
 enum class Method : int64_t { kSymbol, kSeparable, kStencil, kMatrix };
 
-inline Method method_of(const OpRow& row) {
+LMTFAST_HD Method method_of(const OpRow& row) {
   if (row.engine == LMTFAST_SYMBOL) return Method::kSymbol;
   if (row.engine == LMTFAST_SEPARABLE) return Method::kSeparable;
   return row.axes == 0 ? Method::kMatrix : Method::kStencil;
+}
+
+// Whether the gradient of the weights is an outer product of at most two vectors each, so that a
+// thread can keep its columns. Scales of a matrix need sums of its rows: tiles have those.
+LMTFAST_HD bool gradient_in_strips(const OpRow& row) {
+  const Method method = method_of(row);
+  return method == Method::kSymbol ||
+         (method == Method::kMatrix && row.row_scale < 0 && row.column_scale < 0);
 }
 
 // A panel is a matrix with eight real columns: four complex vectors, or eight channel vectors.
@@ -35,6 +43,8 @@ constexpr int kBackColumns = 64;
 constexpr int kSumColumns = 256;
 // Side of a tile of a product (tile.h).
 constexpr int kTileSide = 64;
+// Columns of a block of a gradient that is an outer product; its rows are those of a tile.
+constexpr int kStripColumns = 4 * kBlockThreads;
 // Entries of a vector that one block sums or scales.
 constexpr int kVectorEntries = 4096;
 
@@ -58,10 +68,10 @@ enum Stage {
   kSecondAdjoint,  // A^T u of convolutions,
   kSecondImage,    // of transposed ones
   kFinish,         // norms and scaling of convolutions
-  kGradientGrid,   // the grid's share of the separable gradient
-  kGradient,       // weight gradients; operators that share a weight follow each other in rounds
-  kGradientSums,   // gradient of the scale buffer
-  kGradientSlots,  // gradients of the tensors of scales; `op` is the slot
+  kGradient,       // weight gradients; weights that are read in several shapes take rounds
+  kGradientSums,   // gradient of the scale buffer, sorted by circle
+  kGradientSlots,  // gradients of the tensors of scales, sorted by circle: tensor `op`, factor `group`
+                   // of the table, and the factors `tile`..`tiles` among which are its companions
   kStages
 };
 
@@ -73,29 +83,32 @@ struct OpWork {
   int64_t image_tiles, back_tiles;  // blocks per group of the product and of its adjoint
   int64_t scale_begin, scale_end;   // scale rows among which are all of this operator's
   int64_t accumulate;               // an operator of an earlier round has written the gradient
+  int64_t tied;                     // the operator that adds to the same gradient after this, or -1
+  int64_t circle;                   // of operators whose scales share tensors, or -1 without scales
   int64_t frequencies[kAxes];       // symbol: points of the grid of frequencies, per axis
   PassShape pass;                   // symbol, matrix
   int64_t counters;                 // first of G, separable 2 G: blocks of a group that are done
   // Floats. Panels have kPanel columns and start at multiples of 16 bytes.
-  int64_t panel;        // symbol, matrix (G, subsets, pass.vector): the factors of what the weights
-                        // multiply (pass.h); separable (G, channels, 8): a, orthonormal; with the
-                        // column scale
-  int64_t plain;        // symbol (G, 4, phases channels, 2): unit x; matrix (channels): unit v;
-                        // separable (G, channels, 8): a, without the column scale
-  int64_t pure;         // symbol, matrix (G, rows, 8): W panel, without row scale and identity
-  int64_t partial;      // symbol, matrix (G, tiles, subsets, padded columns): sums of a tile's rows
-  int64_t image;        // symbol, matrix (G, rows, 8), separable (G, rows, taps, 8): A applied
-  int64_t mixed;        // separable (G, rows, taps, 8): what goes back through the weights
-  int64_t back;         // (G, columns, 8): the adjoint, with column scale and identity
-  int64_t phase;        // symbol (G, taps, 4, 2): exp(-i w . offset)
-  int64_t fresh;        // symbol (G, 4, phases channels, 2): the next x, not normalised
-  int64_t patterns;     // separable (G, inputs, 8): h
-  int64_t next;         // separable (G, inputs, 8): the next h
-  int64_t grid;         // separable (G, outputs, taps, 8): a product on the grid
-  int64_t gram;         // separable (G, taps 8, taps 8)
-  int64_t overlap;      // separable (G, taps 8, taps 8)
-  int64_t row_sums;     // gradient of the row scale (G, column tiles, rows)
-  int64_t column_sums;  // gradient of the column scale (G, row tiles, columns)
+  int64_t panel;     // symbol, matrix (G, subsets, pass.vector): the factors of what the weights
+                     // multiply (pass.h); separable (G, channels, 8): a, orthonormal; with the
+                     // column scale
+  int64_t plain;     // symbol (G, 4, phases channels, 2): unit x; matrix (channels): unit v;
+                     // separable (G, channels, 8): a, without the column scale
+  int64_t pure;      // symbol, matrix (G, rows, 8): W panel, without row scale and identity
+  int64_t partial;   // symbol, matrix (G, tiles, subsets, padded columns): sums of a tile's rows
+  int64_t image;     // symbol, matrix (G, rows, 8), separable (G, rows, taps, 8): A applied
+  int64_t mixed;     // separable (G, rows, taps, 8): what goes back through the weights
+  int64_t back;      // (G, columns, 8): the adjoint, with column scale and identity
+  int64_t phase;     // symbol (G, taps, 4, 2): exp(-i w . offset)
+  int64_t fresh;     // symbol (G, 4, phases channels, 2): the next x, not normalised
+  int64_t patterns;  // separable (G, inputs, 8): h
+  int64_t next;      // separable (G, inputs, 8): the next h
+  int64_t grid;      // separable (G, outputs, taps, 8): a product on the grid
+  int64_t gram;      // separable (G, taps 8, taps 8)
+  int64_t overlap;   // separable (G, taps 8, taps 8)
+  int64_t saved_overlap, saved_mixed;  // separable, one group: on the way to the saved image
+  int64_t row_sums;                    // gradient of the row scale (G, column tiles, rows)
+  int64_t column_sums;                 // gradient of the column scale (G, row tiles, columns)
   // Doubles.
   int64_t norms;      // symbol, matrix (G, tiles, 8): sums of squares per panel column
   int64_t powers;     // symbol, matrix (G, tiles, subsets): what a tile's sums are scaled by
@@ -108,6 +121,13 @@ struct OpWork {
 
 static_assert(sizeof(OpWork) % sizeof(int64_t) == 0);
 
+// Operators whose scales share tensors: the block that completes their weight gradients goes on to
+// those of the scales.
+struct Circle {
+  int64_t blocks;
+  int64_t sums_begin, sums_end, slots_begin, slots_end;  // items of the two stages
+};
+
 // Start of the table; all int64.
 struct PlanHeader {
   int64_t magic;
@@ -119,7 +139,8 @@ struct PlanHeader {
   int64_t n_slots;                    // tensors that a call must bring
   int64_t floats, doubles, counters;  // of the workspace
   int64_t pass_bytes;                 // shared memory of kPass
-  int64_t grad_scales;                // floats: gradient of the scale buffer
+  int64_t circles, n_circles;
+  int64_t grad_scales;  // floats: gradient of the scale buffer
 };
 
 constexpr int64_t kPlanMagic = 0x6C6D74666173740A;

@@ -404,7 +404,18 @@ __device__ inline void record_separable(const View& v, int32_t index) {
   };
   copy(h, y.patterns, s.inputs);
   copy(a, y.plain, s.channels);
-  copy(image, y.image, static_cast<int64_t>(s.rows) * s.taps);
+  // The image mixed by the overlap of the shifted patterns, over sigma. The first group's places serve
+  // whichever has won; finish_separable of another block reads neither.
+  float* overlap = v.floats + any.work.saved_overlap;
+  float* mixed = v.floats + any.work.saved_mixed;
+  overlap_of(op, y.patterns, y.rank, overlap);
+  mix_image(op, y.image, overlap, y.rank, mixed);
+  const float sigma = static_cast<float>(y.values[1]);
+  const float inverse = sigma > 0.0f ? 1.0f / sigma : 1.0f;
+  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(s.rows) * s.taps * y.rank;
+       i += kBlockThreads) {
+    image[i] = mixed[i / y.rank * kPanel + i % y.rank] * inverse;
+  }
 }
 
 }  // namespace lmtfast::cuda

@@ -32,6 +32,9 @@ struct Call {
     view.n_scales = header.n_scales;
     view.counters = reinterpret_cast<int*>(view.floats + header.floats);
     view.n_counters = header.counters;
+    view.circles = reinterpret_cast<const Circle*>(p.device + header.circles);
+    view.sums = reinterpret_cast<const Item*>(p.device + header.stage[kGradientSums]);
+    view.slots = reinterpret_cast<const Item*>(p.device + header.stage[kGradientSlots]);
   }
 
   unsigned blocks(Stage stage) const { return static_cast<unsigned>(header.blocks[stage]); }
@@ -93,28 +96,24 @@ void spectral_vjp(const Plan& plan, const lmtfast_tensor* tensors, int64_t n_ten
   for (int64_t i = 0; i < net.n_rows; ++i) {
     if (net.rows[i].kind != 0) read[net.rows[i].weight_slot] = 1;
   }
-  for (int64_t k = 0; k < net.n_scales; ++k) {
-    for (const int64_t slot : {net.scales[k].slot, net.scales[k].variance_slot}) {
-      if (slot >= 0) read[slot] = 1;
-      scales = scales || wanted(slot);
-    }
+  const auto* slots = reinterpret_cast<const Item*>(plan.host + call.header.stage[kGradientSlots]);
+  for (int64_t i = 0; i < call.header.blocks[kGradientSlots]; ++i) {
+    read[slots[i].op] = 1;
+    scales = scales || wanted(slots[i].op);
   }
   for (int64_t slot = 0; slot < n_tensors; ++slot) {
     if (wanted(slot) && !read[slot]) {
       zero(grads[slot].data, grads[slot].size * static_cast<int64_t>(sizeof(float)), stream);
     }
   }
-  if (scales) call.view.grad_scales = call.view.floats + call.header.grad_scales;
-  launch_gradient_grid(call.at(kGradientGrid), call.blocks(kGradientGrid), stream);
+  if (scales) {
+    call.view.grad_scales = call.view.floats + call.header.grad_scales;
+    zero(call.view.counters, call.header.n_circles * static_cast<int64_t>(sizeof(int)), stream);
+  }
   const int64_t* rounds = plan.host + call.header.rounds;
   for (int64_t round = 0; round < call.header.n_rounds; ++round) {
     launch_gradient(call.at(kGradient, rounds[round]), weights.data(), outputs.data(),
                     static_cast<unsigned>(rounds[round + 1] - rounds[round]), stream);
-  }
-  if (scales) {
-    // The items of kGradientSlots follow those of kGradientSums.
-    launch_scale_gradient(call.at(kGradientSums), weights.data(), outputs.data(),
-                          call.blocks(kGradientSums), call.blocks(kGradientSlots), stream);
   }
 }
 

@@ -4,7 +4,9 @@
 //   prepare, pass, finish            operators by symbol, matrices: the weights are read once
 //   prepare, image, back             separable: twice
 //   prepare, A v, A^T u, finish      convolutions by power iteration
-// one launch each for all operators of the network, and a gradient one launch, three with scales.
+// one launch each for all operators of the network, and a gradient one launch, scales included.
+// What the separable engine saves of the image is the image as its gradient reads it: mixed by the
+// overlap of the shifted patterns, over sigma.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +26,8 @@ void launch_image(const View& view, unsigned blocks, Stream stream);
 void launch_back(const View& view, unsigned records, unsigned blocks, Stream stream);
 void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream);
 void launch_finish(const View& view, unsigned blocks, Stream stream);
-void launch_gradient_grid(const View& view, unsigned blocks, Stream stream);
 void launch_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,
                      unsigned blocks, Stream stream);
-void launch_scale_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,
-                           unsigned sums, unsigned slots, Stream stream);
 
 // A plan as a call gets it: the same table on the host and on the device.
 struct Plan {

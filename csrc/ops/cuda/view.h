@@ -71,6 +71,9 @@ struct View {
   float* saved;
   const float* grad_sigmas;
   float* grad_scales;
+  const Circle* circles;
+  const Item* sums;  // of circles
+  const Item* slots;
   int64_t n_rows, n_scales, n_tensors, n_counters;
 };
 
