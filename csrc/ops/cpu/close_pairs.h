@@ -22,13 +22,7 @@ struct ClosePairs {
 
   explicit ClosePairs(const Head& h) : head(h), squares(static_cast<size_t>(h.p.k)) {
     parallel_for(head.p.k, head.threads, [&](int64_t j) {
-      double sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t f = 0; f < head.p.d; ++f) {
-        const double x = static_cast<double>(widen(head.rows[j][f]) - head.centre[f]);
-        sum += x * x;
-      }
-      squares[j] = sum;
+      squares[j] = head.kernel.square_from(head.centre.data(), head.rows[j], head.p.d);
     });
   }
 

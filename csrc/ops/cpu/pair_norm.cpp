@@ -37,6 +37,7 @@ struct Kernels {
                              float*);
   void (*panel_squares)(const float*, int64_t, int64_t, int64_t, double*);
   double (*distance)(const W*, const W*, int64_t);
+  double (*square_from)(const float*, const W*, int64_t);
   bool (*norms_of)(const float*, double, const double*, int64_t, float*);
   double (*ratio_of)(const float*, const float*, int64_t, float*, double*);
   void (*weighted_difference)(double, const W*, const float*, const float*, int64_t, float*);

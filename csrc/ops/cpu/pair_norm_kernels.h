@@ -128,6 +128,17 @@ double distance(const W* a, const W* b, int64_t d) {
   return std::sqrt(total);
 }
 
+template <class W>
+double square_from(const float* centre, const W* a, int64_t d) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t p = 0; p < d; ++p) {
+    const double x = static_cast<double>(widen(a[p]) - centre[p]);
+    total += x * x;
+  }
+  return total;
+}
+
 // norms[j] from the products with row j. True if some need another way: too much is lost to
 // cancellation, or squares are out of the range of float, or NaN.
 inline bool norms_of(const float* products, double square, const double* squares, int64_t n,
@@ -198,6 +209,7 @@ constexpr Kernels<W> kKernels{{kTileRows, kPanel, accumulate},
                               pack_columns<float>,
                               panel_squares,
                               distance<W>,
+                              square_from<W>,
                               norms_of,
                               ratio_of,
                               weighted_difference<W>,
