@@ -412,7 +412,9 @@ def exact_vjp(provider: Provider, case: str) -> tuple[list[Tensor], list[Tensor]
     return run.vjp(saved, torch.ones(1)), [want[ref] for ref in run.plan.slots]
 
 
-@pytest.mark.parametrize("provider", [p for p, e in PAIRS if e == "operator"])
+@pytest.mark.parametrize(
+    "provider", [p for p, e in PAIRS if e == "operator"], ids=lambda p: p.backend
+)
 @pytest.mark.parametrize(
     "case", ["plain", "strided", "uneven", "sparse", "grouped", "depthwise", "volume", "circular"]
 )
@@ -421,7 +423,9 @@ def test_integer_gradients_of_the_operator_are_exact(provider: Provider, case: s
     assert all(torch.equal(a.double(), b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("provider", list(dict.fromkeys(p for p, _ in PAIRS)))
+@pytest.mark.parametrize(
+    "provider", list(dict.fromkeys(p for p, _ in PAIRS)), ids=lambda p: p.backend
+)
 def test_composition_is_that_of_the_reference(provider: Provider) -> None:
     steps = [
         ("sigma", (0,)), ("sigma", (1,)), ("constant", (0.5,)), ("mul", (0, 1)), ("add", (3, 2)),
