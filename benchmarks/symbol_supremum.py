@@ -13,27 +13,26 @@ from lmtfast.weights import Weights
 
 # A symbol norm counts as the supremum once ten alternations gain less than this fraction.
 SETTLED, SUPREMUM_STEPS = 2e-5, 400
-# Triples of peaks that the search climbs.
-TRIPLES = 3
+# Frequencies of the fine grid that the search climbs from, and peaks that it climbs to the end.
+POOL, PEAKS = 64, 2 * CANDIDATES
 
 
 @torch.no_grad()
 def supremum(region: Region, weights: Weights, state: torch.Tensor) -> float:
     """Largest symbol norm that the tracked state or a thorough search climbs to, in float64.
 
-    The search has a grid twice as fine as a rescan's, more power steps, and three times as many
-    peaks, so that it does not overlook what a rescan overlooks.
+    The search has a grid twice as fine as a rescan's, four times as many power steps and starting
+    points, and twice as many peaks, so that it does not overlook what a rescan overlooks.
     """
     form = polyphase.conv_form(region)
     assert form is not None
     acting = polyphase.kernel(region, weights).detach()
-    count = TRIPLES * (CANDIDATES - 1)
-    w, x = scan_candidates(form, acting, count, density=2 * SCAN_DENSITY, steps=4 * SCAN_STEPS)
+    w, x = scan_candidates(form, acting, POOL, density=2 * SCAN_DENSITY, steps=4 * SCAN_STEPS)
+    w, x = w.repeat(1, -(-PEAKS // w.shape[1]), 1), x.repeat(1, -(-PEAKS // x.shape[1]), 1)
+    w, x = symbol.best_peaks(form, acting, w, x, PEAKS)
     anchor, starts = w.new_zeros(form.groups, form.axes), [state.double()]
-    for own_w, own_x in zip(w.split(CANDIDATES - 1, 1), x.split(CANDIDATES - 1, 1), strict=True):
-        # The last slot is the explorer's, so the first peak takes it as well.
-        w_of, x_of = torch.cat((own_w, own_w[:, :1]), 1), torch.cat((own_x, own_x[:, :1]), 1)
-        starts.append(symbol.pack(w_of, x_of, anchor))
+    for own_w, own_x in zip(w.split(CANDIDATES, 1), x.split(CANDIDATES, 1), strict=True):
+        starts.append(symbol.pack(own_w, own_x, anchor))
     return max(climbed(region, weights, start) for start in starts)
 
 

@@ -274,15 +274,24 @@ def test_weights_that_are_no_numbers_spoil_nothing(backend: str) -> None:
     assert float(bound.rescan().per_operator["body.2"]) >= healthy * (1 - 3e-6)
 
 
-def test_a_scan_keeps_its_candidates_on_separate_peaks() -> None:
+def test_candidates_of_a_search_lie_on_separate_peaks() -> None:
     weight = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 5, 3, 3)))
-    form = polyphase.conv_form(conv_region(weight, (5, 9, 9)))
-    w, x = frequency.scan_candidates(form, weight.reshape(1, 6, 5, 9), 3)
-    torch.testing.assert_close(
-        torch.linalg.vector_norm(x, dim=-1), torch.ones(1, 3, dtype=torch.float64)
-    )
-    for i in range(3):
+    region = conv_region(weight, (5, 9, 9))
+    (state,) = symbol.reseed([region], weights_of(weight), [start(symbol, region)])
+    w = symbol._unpack(polyphase.conv_form(region), state)[0][0]
+    for i in range(4):
         for j in range(i):
             for sign in (1, -1):  # weights are real: a peak at w is one at -w
-                gap = torch.remainder(w[0, i] - sign * w[0, j] + math.pi, 2 * math.pi) - math.pi
-                assert gap.abs().max() >= math.pi / 3 - 1e-9
+                gap = torch.remainder(w[i] - sign * w[j] + math.pi, 2 * math.pi) - math.pi
+                assert gap.abs().max() >= math.pi / 3 - 1e-9, (i, j, sign)
+
+
+def test_separate_peaks_ranks_by_value_and_falls_back_on_what_is_left() -> None:
+    form = polyphase.conv_form(conv_region(torch.zeros(1, 1, 3), (1, 9)))
+    w = torch.tensor([[[0.1], [0.0], [2.0], [-2.1], [3.0]]])
+    for scale in (1e-30, 1.0, 1e30):
+        value = scale * torch.tensor([[4.0, 5.0, 3.0, 3.5, 1.0]])
+        # 0.1 shares the peak of 0, and 2 that of -2.1.
+        assert frequency.separate_peaks(form, w, value, 5).tolist() == [[1, 3, 0, 2, 4]] or (
+            frequency.separate_peaks(form, w, value, 5).tolist() == [[1, 3, 4, 0, 2]]
+        )

@@ -120,12 +120,12 @@ def scan_candidates(
     density: int = SCAN_DENSITY,
     steps: int = SCAN_STEPS,
 ) -> tuple[Tensor, Tensor]:
-    """The ``count`` best separated frequencies of a grid with power vectors, per group.
+    """The ``count`` best frequencies of a grid with power vectors, per group.
 
     Args:
         form: Geometry of the taps.
         acting: Kernels, shape ``(G, rows, C, T)``; operators of one form may share a call.
-        count: Candidates wanted.
+        count: Candidates wanted; fewer where the grid has fewer points.
         power: What runs the power iterations; None: :func:`power_vectors`.
         density: Grid points per axis and degree.
         steps: Power steps at each of them.
@@ -143,23 +143,37 @@ def scan_candidates(
     start = start_vector(form.phases * form.channels, acting)
     terms = response_phases(grid, table)
     value, x = (power or power_vectors)(scaled, phase, terms, start, steps)
+    best = value.topk(min(count, len(grid)), -1).indices  # (G, count)
+    return grid[best], x.take_along_dim(best[..., None], 1)
+
+
+def separate_peaks(form: Stencil, w: Tensor, value: Tensor, count: int) -> Tensor:
+    """The best of many candidates, none on another's peak while there are others.
+
+    Args:
+        form: Geometry of the taps.
+        w: Frequencies, shape ``(G, N, axes)``.
+        value: What ranks them, not negative, shape ``(G, N)``.
+        count: Candidates wanted.
+
+    Returns:
+        Indices, shape ``(G, count)``; the first is that of the largest value.
+    """
     # Two peaks closer than half the width of one are one.
-    separation = torch.tensor([math.pi / (d + 1) for d in degrees(form)], dtype=grid.dtype)
-    separation = separation.to(grid.device)
-    found_w, found_x = [], []
+    width = torch.stack([w.new_full((), math.pi / (d + 1)) for d in degrees(form)])
+    largest = value.amax(-1, keepdim=True)
+    value, found = value / largest.where(largest > 0, 1.0), []
     for _ in range(count):
-        best = value.argmax(-1)
-        found_w.append(grid[best])
-        found_x.append(x.take_along_dim(best[:, None, None], 1)[:, 0])
-        near = _near(grid, found_w[-1], separation) | _near(grid, -found_w[-1], separation)
-        value = torch.where(near, value - value.abs() - 1, value)
-    return torch.stack(found_w, 1), torch.stack(found_x, 1)
-
-
-def _near(grid: Tensor, w: Tensor, separation: Tensor) -> Tensor:
-    """Which frequencies ``(N, axes)`` lie within the separation of w ``(G, axes)``."""
-    gap = torch.remainder(grid - w[:, None] + math.pi, 2 * math.pi) - math.pi
-    return (gap.abs() < separation).all(-1)
+        found.append(value.argmax(-1))
+        own = w.take_along_dim(found[-1][:, None, None], 1)
+        near = torch.zeros_like(value, dtype=torch.bool)
+        for twin in (own, -own):  # weights are real
+            gap = torch.remainder(w - twin + math.pi, 2 * math.pi) - math.pi
+            near = near | (gap.abs() < width).all(-1)
+        # Behind all others, but still in order; what is taken comes last.
+        value = torch.where(near & (value >= 0), value - 2, value)
+        value = value.scatter(1, found[-1][:, None], -math.inf)
+    return torch.stack(found, 1)
 
 
 def power_vectors(

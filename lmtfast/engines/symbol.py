@@ -35,6 +35,7 @@ from lmtfast.engines.frequency import (
     improve,
     response_phases,
     scan_candidates,
+    separate_peaks,
 )
 from lmtfast.engines.polyphase import conv_form, polar, tap_table
 from lmtfast.engines.step import Saved, Step
@@ -48,6 +49,9 @@ name = "symbol"
 STALLED = 1e-3
 # Steps of the alternation after a scan of all frequencies.
 REFINE = 16
+# Frequencies of a scan that are climbed from before four are kept, and the steps of it: the order
+# of two points of a grid is not that of the peaks beside them.
+POOL, CLIMBS = 16, 2
 # Increments of the Kronecker sequence per axis: powers of the root of x^(axes + 1) = x + 1.
 _ROOTS = {1: 1.6180339887498949, 2: 1.3247179572447461, 3: 1.2207440846057596}
 
@@ -156,15 +160,23 @@ def step(region: Region, weights: Weights, state: Tensor, *, update: bool) -> St
     )
     if not update:
         return Step(sigma, state, saved)
+    new_w, new_x, reached = _climb(form, acting, w, x, u)
+    packed = pack(*_explore(form, new_w, new_x, anchor, values, reached))
+    return Step(sigma, packed.to(state.dtype), saved)
+
+
+def _climb(
+    form: Stencil, acting: Tensor, w: Tensor, x: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Better frequencies and vectors for the images u, and ``||A(w)^H u||`` there."""
+    table, phase = tap_table(form, acting.device)
     taps = _apply(acting.transpose(-1, -2), u).unflatten(-1, (form.channels, form.taps))
     blocks = x.reshape(*x.shape[:-1], form.phases, form.channels)[..., phase, :]
     response = (taps.conj().transpose(-1, -2) * blocks).sum(-1)  # (G, F, T)
     new_w = improve(form, response, w)
     reached, new_x = polar(_gather_phases(form, taps, new_w, table, phase))
     usable = ((reached > 0) & reached.isfinite()).unsqueeze(-1)
-    new_w, new_x = torch.where(usable, new_w, w), torch.where(usable, new_x, x)
-    packed = pack(*_explore(form, new_w, new_x, anchor, values, reached))
-    return Step(sigma, packed.to(state.dtype), saved)
+    return torch.where(usable, new_w, w), torch.where(usable, new_x, x), reached
 
 
 def _explore(
@@ -228,8 +240,8 @@ def reseed(
         power: What runs the power iterations; None: the reference.
 
     Returns:
-        Packed states: the best candidate of the old ones, then those of the scan. A state whose
-        search is not finite stays.
+        Packed states: the best separate peaks among the old candidates and those of the scan, the
+        leading one first. A state whose search is not finite stays.
     """
     forms = [conv_form(region) for region in regions]
     form = forms[0]
@@ -237,16 +249,36 @@ def reseed(
     acting = torch.cat([polyphase.kernel(region, weights).detach() for region in regions])
     parts = [_unpack(f, s.to(acting.dtype)) for f, s in zip(forms, states, strict=True) if f]
     w, x, anchor = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    table, phase = tap_table(form, acting.device)
-    values, _ = polar(_apply(acting.flatten(-2), _tap_vectors(form, w, x, table, phase)))
-    best = values.argmax(-1)[:, None, None]
-    found_w, found_x = scan_candidates(form, acting, CANDIDATES - 1, power)
-    # The last slot is the explorer's: the best old candidate must not be lost there.
-    w = torch.cat((w.take_along_dim(best, 1), found_w), 1)
-    x = torch.cat((x.take_along_dim(best, 1), found_x), 1)
+    found_w, found_x = scan_candidates(form, acting, POOL, power)
+    w, x = torch.cat((w, found_w), 1), torch.cat((x, found_x), 1)
+    w, x = best_peaks(form, acting, w, x, CANDIDATES)
     packed = pack(w, x, anchor).split([s.numel() for s in states])
     fresh = [p.to(s.dtype) for p, s in zip(packed, states, strict=True)]
     return [torch.where(p.isfinite().all(), p, s) for p, s in zip(fresh, states, strict=True)]
+
+
+def best_peaks(
+    form: Stencil, acting: Tensor, w: Tensor, x: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Where the best of many candidates climb to, on separate peaks, the leading one first.
+
+    Args:
+        form: Geometry of the taps.
+        acting: Kernels, shape ``(G, rows, C, T)``.
+        w: Frequencies, shape ``(G, N, axes)``.
+        x: Unit vectors, shape ``(G, N, P * C)`` complex.
+        count: Candidates wanted, at most N.
+
+    Returns:
+        Frequencies ``(G, count, axes)`` and vectors ``(G, count, P * C)``.
+    """
+    table, phase = tap_table(form, acting.device)
+    acting = acting.flatten(-2)
+    for _ in range(CLIMBS):
+        _, u = polar(_apply(acting, _tap_vectors(form, w, x, table, phase)))
+        w, x, reached = _climb(form, acting, w, x, u)
+    kept = separate_peaks(form, w, reached, count)[..., None]
+    return w.take_along_dim(kept, 1), x.take_along_dim(kept, 1)
 
 
 def shape_key(region: Region) -> Hashable:
