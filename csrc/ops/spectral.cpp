@@ -24,6 +24,32 @@ void require_tensor(const lmtfast_tensor* tensors, int64_t n, int64_t slot, int6
              field, index);
 }
 
+// Every size by itself, then their products, none of which may leave int64.
+void require_sizes(const lmtfast_op_row& row, int64_t i) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  const auto size = [&](int64_t value, int64_t least, const char* field) {
+    require_in(value >= least && value <= kMost,
+               least > 0 ? "a size in [1, 2^31)" : "padding in [0, 2^31)", value, field, i);
+    return static_cast<double>(value);
+  };
+  const double rows = size(row.groups, 1, "rows.groups") * size(row.rows, 1, "rows.rows");
+  const double channels = size(row.channels, 1, "rows.channels");
+  double in = 1.0, out = 1.0, kernel = 1.0, stride = 1.0;
+  for (int axis = 0; axis < LMTFAST_OP_ROW_AXES; ++axis) {
+    in *= size(row.in[axis], 1, "rows.in");
+    out *= size(row.out[axis], 1, "rows.out");
+    kernel *= size(row.kernel[axis], 1, "rows.kernel");
+    stride *= size(row.stride[axis], 1, "rows.stride");
+    size(row.dilation[axis], 1, "rows.dilation");
+    size(row.pad_low[axis], 0, "rows.pad_low");
+    size(row.pad_high[axis], 0, "rows.pad_high");
+  }
+  const double groups = static_cast<double>(row.groups);
+  const double largest = std::max(
+      {rows * channels * kernel * out, groups * channels * in, groups * channels * stride});
+  require_in(largest < 0x1p56, "an operator of fewer than 2^56 products", row.rows, "rows", i);
+}
+
 void validate_row(const lmtfast_network& net, const lmtfast_tensor* tensors, int64_t n_tensors,
                   int64_t i) {
   const lmtfast_op_row& row = net.rows[i];
@@ -33,13 +59,8 @@ void validate_row(const lmtfast_network& net, const lmtfast_tensor* tensors, int
              i);
   require_in(row.axes > 0 || row.engine == LMTFAST_OPERATOR, "the operator engine for a matrix",
              row.engine, "rows.engine", i);
-  const int64_t sizes =
-      std::min({row.groups, row.rows, row.channels, volume(row.in), volume(row.out),
-                volume(row.kernel), volume(row.stride), volume(row.dilation)});
-  require_in(sizes >= 1, "sizes of at least 1", sizes, "rows", i);
+  require_sizes(row, i);
   for (int axis = 0; axis < LMTFAST_OP_ROW_AXES; ++axis) {
-    require_in(std::min(row.pad_low[axis], row.pad_high[axis]) >= 0, "padding of at least 0",
-               std::min(row.pad_low[axis], row.pad_high[axis]), "rows.pad", i);
     require_in(!row.circular || std::max(row.pad_low[axis], row.pad_high[axis]) <= row.in[axis],
                "circular padding of at most the input", row.pad_low[axis], "rows.pad", i);
     const int64_t reach =
@@ -107,6 +128,8 @@ void validate(const lmtfast_network& net, const lmtfast_tensor* tensors, int64_t
   require(net.n_rows >= 0, "n_rows >= 0", net.n_rows, "n_rows");
   require(net.n_rows == 0 || net.rows, "non-null rows", 0, "rows");
   require(n_tensors == 0 || tensors, "non-null tensors", 0, "tensors");
+  require(net.n_scales >= 0, "n_scales >= 0", net.n_scales, "n_scales");
+  require(net.n_scales == 0 || net.scales, "non-null scales", 0, "scales");
   require(net.scale_size >= 0 && net.scale_size <= net.saved_size, "0 <= scale_size <= saved_size",
           net.scale_size, "scale_size");
   for (int64_t i = 0; i < net.n_rows; ++i) {

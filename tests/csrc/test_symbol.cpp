@@ -282,6 +282,20 @@ void check_refusals() {
                               sigmas.data(), saved.data(), 1) == LMTFAST_INVALID_ARGUMENT);
   CHECK(std::strstr(lmtfast_last_error(), "rows.pad_low[0]") != nullptr);
   CHECK(std::count(saved.begin(), saved.end(), kGuard) == p.network.saved_size);
+  // Sizes whose products are harmless, or would overflow.
+  const lmtfast_op_row row = conv(1, 3, 4, 5, 5);
+  lmtfast_op_row wrong[4] = {row, row, row, row};
+  wrong[0].in[1] = wrong[0].in[2] = -5;
+  wrong[1].pad_low[1] = int64_t{1} << 62;
+  wrong[2].groups = wrong[2].rows = wrong[2].channels = int64_t{1} << 30;
+  wrong[3].stride[0] = wrong[3].stride[1] = wrong[3].stride[2] = int64_t{1} << 30;
+  for (const lmtfast_op_row& given : wrong) {
+    p.network.rows = &given;
+    p.network.n_rows = 1;
+    CHECK(lmtfast_spectral_step(&p.network, p.tensors.data(), 1, state.data(), nullptr,
+                                sigmas.data(), saved.data(), 1) == LMTFAST_INVALID_ARGUMENT);
+    CHECK(std::strstr(lmtfast_last_error(), "rows") != nullptr);
+  }
 }
 
 }  // namespace
