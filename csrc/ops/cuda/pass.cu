@@ -22,61 +22,57 @@ struct alignas(kCount * sizeof(float)) Run {
 template <int kColumns>
 constexpr int kRun = kColumns < 4 ? kColumns : 4;
 
-// x, e and where the phases of x begin, in shared or global memory.
+// The columns of the weights in the order of memory, and z of each: x, e and where the phases of x
+// begin, in shared or global memory (pass.h has what lies where).
 template <int kColumns>
 struct Factors {
   using Piece = Run<kRun<kColumns>>;
+  static constexpr int kPieces = kColumns / kRun<kColumns>;
   const float* data;
-  int32_t pitch, taps;
+  int32_t pitch, taps, columns, count;  // count: of what neighbours in memory
+  bool tap_major;
 
-  // z of one column of the weights.
-  __device__ void load(const Column& at, float (&z)[kColumns]) const {
-    const int64_t slots = 4 * static_cast<int64_t>(pitch);
-    const float* e = data + slots * kColumns;
-    const auto begin = std::bit_cast<int32_t>(e[taps * kColumns + at.tap]);
-    const int64_t slot = vector_slot(begin + at.channel, pitch);
+  __device__ Factors(const float* data_, const Op& op)
+      : data(data_),
+        pitch(
+            static_cast<int32_t>(vector_pitch(static_cast<int64_t>(op.s.phases) * op.s.channels))),
+        taps(op.s.taps),
+        columns(op.s.columns),
+        count(op.tap_major() ? op.s.channels : op.s.taps),
+        tap_major(op.tap_major()) {}
+
+  // Pieces are counted in 32 bits: there are fewer than 2^30.
+  __device__ void load(int32_t slow, int32_t fast, float (&z)[kColumns]) const {
+    const Piece* x = reinterpret_cast<const Piece*>(data);
+    const int32_t tap = tap_major ? slow : fast, channel = tap_major ? fast : slow;
+    const int32_t first = 4 * pitch * kPieces;
+    const int32_t begin =
+        std::bit_cast<int32_t>(data[(first + taps * kPieces) * kRun<kColumns> + tap]);
+    const int32_t entry = begin + channel, slot = (entry & 3) * pitch + (entry >> 2);
     LMTFAST_UNROLL
-    for (int c = 0; c < kColumns; c += kRun<kColumns>) {
-      const auto a = *reinterpret_cast<const Piece*>(data + vector_index(slot, slots, kColumns, c));
-      const auto b = *reinterpret_cast<const Piece*>(e + vector_index(at.tap, taps, kColumns, c));
+    for (int h = 0; h < kPieces; ++h) {
+      const Piece a = x[h * 4 * pitch + slot], b = x[first + h * taps + tap];
       LMTFAST_UNROLL
       for (int i = 0; i < kRun<kColumns>; i += 2) {
-        z[c + i] = std::fma(b.v[i], a.v[i], -(b.v[i + 1] * a.v[i + 1]));
-        z[c + i + 1] = std::fma(b.v[i], a.v[i + 1], b.v[i + 1] * a.v[i]);
+        const int c = h * kRun<kColumns> + i;
+        z[c] = std::fma(b.v[i], a.v[i], -(b.v[i + 1] * a.v[i + 1]));
+        z[c + 1] = std::fma(b.v[i], a.v[i + 1], b.v[i + 1] * a.v[i]);
       }
     }
   }
 };
 
-// Columns of the weights one after another: where memory goes on, the fast index does.
-struct Walk {
-  int32_t slow, fast, count;
-  bool tap_major;
-
-  __device__ Walk(const Op& op, int32_t column)
-      : count(op.tap_major() ? op.s.channels : op.s.taps), tap_major(op.tap_major()) {
-    slow = column / count;
-    fast = column - slow * count;
-  }
-  __device__ Column at() const { return tap_major ? Column{fast, slow} : Column{slow, fast}; }
-  __device__ void next() {
-    if (++fast < count) return;
-    fast = 0;
-    ++slow;
-  }
-};
-
 template <class T, int kColumns>
-__device__ void add_image(const Op& op, const Factors<kColumns>& factors, int32_t column,
-                          const Rows& words, float (&sum)[kPassRows * kColumns]) {
+__device__ void add_image(const Factors<kColumns>& factors, int32_t column, const Rows& words,
+                          float (&sum)[kPassRows * kColumns]) {
   // Where the columns lie is worked out anew for every four rows: kept, it would fill the registers.
   LMTFAST_OPAQUE(column);
-  Walk walk(op, column);
+  int32_t slow = column / factors.count, fast = column - slow * factors.count;
   LMTFAST_UNROLL
   for (int i = 0; i < kPerWord<T>; ++i) {
-    if (column + i < op.s.columns) {
+    if (column + i < factors.columns) {
       float z[kColumns];
-      factors.load(walk.at(), z);
+      factors.load(slow, fast, z);
       LMTFAST_UNROLL
       for (int r = 0; r < kPassRows; ++r) {
         const float w = entry_of<T>(words[r], i);
@@ -86,7 +82,10 @@ __device__ void add_image(const Op& op, const Factors<kColumns>& factors, int32_
         }
       }
     }
-    walk.next();
+    if (++fast == factors.count) {
+      fast = 0;
+      ++slow;
+    }
   }
 }
 
@@ -201,9 +200,7 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
     shared += shape.vector;
   }
   if (shape.shared_sums) sums = shared;
-  const Factors<kColumns> factors{
-      vector, static_cast<int32_t>(vector_pitch(static_cast<int64_t>(s.phases) * s.channels)),
-      s.taps};
+  const Factors<kColumns> factors(vector, op);
   const RowWords<T> words(s.columns);
   const T* weights = address_of<const T>(op.weight) + op.first_weight();
   const Source<T> source{
@@ -218,9 +215,9 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
   const auto row_begin = static_cast<int32_t>(tile * shape.rows);
   const int32_t row_end =
       s.rows - row_begin < shape.rows ? s.rows : row_begin + static_cast<int32_t>(shape.rows);
-  Word held[kHeldWords][kPassRows];
+  Word held[kHeldWords<T>][kPassRows];
   LMTFAST_UNROLL
-  for (int k = 0; k < kHeldWords; ++k) {
+  for (int k = 0; k < kHeldWords<T>; ++k) {
     if (k < words.mine) source.load(row_begin, row_end, words.column(k), held[k]);
   }
   Exponent exponent;
@@ -228,16 +225,19 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
   __syncthreads();
   LMTFAST_ROLL
   for (int32_t row = row_begin; row < row_end; row += kPassRows) {
+    // What a lane needs of its row is on its way while the block multiplies.
+    const int32_t o = row + lane % kSums / kColumns;
+    const float scale = o < row_end ? op.rs(o) : 0.0f;
     float sum[kSums] = {};
     LMTFAST_UNROLL
-    for (int k = 0; k < kHeldWords; ++k) {
-      if (k < words.mine) add_image<T>(op, factors, words.column(k), held[k], sum);
+    for (int k = 0; k < kHeldWords<T>; ++k) {
+      if (k < words.mine) add_image<T>(factors, words.column(k), held[k], sum);
     }
     LMTFAST_ROLL
-    for (int32_t k = kHeldWords; k < words.mine; ++k) {
+    for (int32_t k = kHeldWords<T>; k < words.mine; ++k) {
       Rows more;
       source.load(row, row_end, words.column(k), more);
-      add_image<T>(op, factors, words.column(k), more, sum);
+      add_image<T>(factors, words.column(k), more, sum);
     }
     // Two places in turn: whoever is late may still read those of the rows before.
     Exchange& parts = warp_sums((row - row_begin) / kPassRows % 2);
@@ -248,11 +248,10 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
     float pure = 0.0f;
     LMTFAST_UNROLL
     for (int i = 0; i < kWarps; ++i) pure += parts[i][lane % kSums];
-    const int32_t o = row + lane % kSums / kColumns;
     const int c = subset * kColumns + lane % kColumns;
     float value = 0.0f, acting = 0.0f;
     if (o < row_end) {
-      const float scale = op.rs(o), identity = op.identity();
+      const float identity = op.identity();
       value = pure * scale;
       if (identity != 0.0f && o < s.channels) value += identity * identity_entry(v, op, o, c);
       acting = value * scale;
@@ -280,13 +279,13 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
       for (int i = 0; i < kSums; ++i) sum[i] = sent[i];
     }
     LMTFAST_UNROLL
-    for (int k = 0; k < kHeldWords; ++k) {
+    for (int k = 0; k < kHeldWords<T>; ++k) {
       if (k >= words.mine) continue;
       if (update) add_back<T, kColumns>(sums, words, k, held[k], sum);
       source.load(row + kPassRows, row_end, words.column(k), held[k]);
     }
     LMTFAST_ROLL
-    for (int32_t k = kHeldWords; update && k < words.mine; ++k) {
+    for (int32_t k = kHeldWords<T>; update && k < words.mine; ++k) {
       Rows more;
       source.load(row, row_end, words.column(k), more);
       add_back<T, kColumns>(sums, words, k, more, sum);

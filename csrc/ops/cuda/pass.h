@@ -20,9 +20,9 @@ namespace lmtfast::cuda {
 // Rows in flight; their sums times the panel's columns fill a warp.
 constexpr int kPassRows = 4;
 constexpr int kPassThreads = 256;
-// Words of a row that a thread keeps from the first product for the second. Longer rows are read
-// again, from L2: 6144 columns of float32, 12288 of bfloat16.
-constexpr int kHeldWords = 6;
+// Columns of a row that the threads keep in registers from the first product for the second. The rest
+// of longer rows is read again, from L2.
+constexpr int kHeldColumns = 6144;
 constexpr int kWordBytes = 16;
 
 // How the blocks of one operator share a pass.

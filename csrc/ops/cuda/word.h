@@ -71,6 +71,8 @@ struct RowWords {
 };
 
 using Rows = Word[kPassRows];
+template <class T>
+constexpr int kHeldWords = kHeldColumns / kPassThreads / kPerWord<T>;
 
 template <class T>
 struct Source {
