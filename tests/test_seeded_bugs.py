@@ -15,9 +15,9 @@ import pytest
 from tests.seeding import KERNELS, TREE
 
 pytestmark = pytest.mark.slow
-MEMORY = "tests/test_spectral_memory.py"
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN, SPECTRAL = "tests/test_contract_margin.py", "tests/test_contract_spectral.py"
+MEMORY = "tests/test_spectral_memory.py"
 
 
 class Bug(NamedTuple):
