@@ -16,7 +16,10 @@ BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
 BASELINE = "operator"
 MACHINE_COLUMNS = ("command", "key", "value")
 Row = Mapping[str, str]
-COLOURS = {"operator": "tab:blue", "symbol": "tab:orange", "separable": "tab:green"}
+COLOURS = {
+    "operator": "tab:blue", "symbol": "tab:orange", "separable": "tab:green",
+    "symbol, rescan 1": "tab:red",
+}  # fmt: skip
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -95,7 +95,9 @@ VARIANTS: Mapping[str, Variant] = {
     "symbol, 16 steps, rescan 100": Variant("symbol", 100, 16),
     "symbol, 16 steps, rescan 50": Variant("symbol", 50, 16),
 }
-TRAINED = ("operator", "symbol", "separable", "auto", "symbol, 16 steps, rescan 50")
+TRAINED = (
+    "operator", "symbol", "separable", "auto", "symbol, 16 steps, rescan 50", "symbol, rescan 1",
+)  # fmt: skip
 TRACKING = tuple(name for name in VARIANTS if name.startswith("symbol"))
 CASES: Mapping[str, Case] = {
     "mnist": Case(
