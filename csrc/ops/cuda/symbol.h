@@ -53,8 +53,14 @@ struct Symbol {
     }
     return std::sqrt(square);
   }
+  // Where the phase that a tap reads begins among the entries of x: worked out by prepare_symbol,
+  // because it takes a dozen divisions.
+  __device__ float* begins() const {
+    const int64_t columns = op.work.pass.columns;
+    return panel + (4 * vector_pitch(width) + op.s.taps) * columns;
+  }
   __device__ int32_t entry(const Column& at) const {
-    return tap_phase(op.s, point_of(op.s.kernel, at.tap)) * op.s.channels + at.channel;
+    return std::bit_cast<int32_t>(begins()[at.tap]) + at.channel;
   }
 };
 
@@ -110,7 +116,7 @@ __device__ inline void write_factors(const Symbol& y) {
           y.phase[tap * kPanel + subset * shape.columns + c];
     }
     for (int32_t tap = threadIdx.x; tap < s.taps; tap += kBlockThreads) {
-      begin[tap] = std::bit_cast<float>(y.entry({0, tap}));
+      begin[tap] = std::bit_cast<float>(tap_phase(s, point_of(s.kernel, tap)) * s.channels);
     }
   }
 }
@@ -203,32 +209,50 @@ __device__ inline Peak best_of_grid(const Symbol& y, const Grid& grid, int f) {
   return {value, point};
 }
 
-// Sums the moments of candidate f over the taps by one warp; all lanes get them.
+// Sums the moments of candidate f over the taps by one warp; all lanes get them. Those of unused axes
+// are zero.
 __device__ inline Moments moments_of(const Symbol& y, int f, const double* w) {
+  const Stencil& s = y.op.s;
   Moments m = {};
-  for (int32_t tap = Team<false>::rank(); tap < y.op.s.taps; tap += kWarpSize) {
+  for (int32_t tap = Team<false>::rank(); tap < s.taps; tap += kWarpSize) {
     const double* q = y.response + 2 * (tap * kCandidates + f);
-    add_term(y.op.s, w, point_of(y.op.s.kernel, tap), q[0], q[1], m);
+    add_term(s, w, point_of(s.kernel, tap), q[0], q[1], m);
   }
   LMTFAST_UNROLL
   for (int part = 0; part < 2; ++part) {
     m.g[part] = Team<false>::sum(m.g[part]);
     LMTFAST_UNROLL
     for (int a = 0; a < kAxes; ++a) {
+      if (a < kAxes - s.axes) continue;
       m.first[a][part] = Team<false>::sum(m.first[a][part]);
       LMTFAST_UNROLL
-      for (int b = 0; b < kAxes; ++b) m.second[a][b][part] = Team<false>::sum(m.second[a][b][part]);
+      for (int b = 0; b <= a; ++b) {
+        if (b < kAxes - s.axes) continue;
+        m.second[a][b][part] = m.second[b][a][part] = Team<false>::sum(m.second[a][b][part]);
+      }
     }
   }
   return m;
 }
 
-// Moves each candidate's frequency to one where its response is no smaller: (4, 3) in `moved`. The
-// response is scaled to a largest entry of 1.
-__device__ inline void improve_frequencies(const Symbol& y, double (&moved)[kCandidates * kAxes]) {
-  Grid grid;
-  LMTFAST_UNROLL
-  for (int a = 0; a < kAxes; ++a) grid.size[a] = static_cast<int32_t>(y.op.work.frequencies[a]);
+// The response alone, squared.
+__device__ inline double value_at(const Symbol& y, int f, const double* w) {
+  const Stencil& s = y.op.s;
+  double re = 0, im = 0;
+  for (int32_t tap = Team<false>::rank(); tap < s.taps; tap += kWarpSize) {
+    const double* q = y.response + 2 * (tap * kCandidates + f);
+    double n, c;
+    sine_cosine(angle_of(s, w, point_of(s.kernel, tap)), n, c);
+    re += q[0] * c + q[1] * n;
+    im += q[1] * c - q[0] * n;
+  }
+  re = Team<false>::sum(re);
+  im = Team<false>::sum(im);
+  return re * re + im * im;
+}
+
+// Divides the response of each candidate by its largest entry.
+__device__ inline void scale_responses(const Symbol& y) {
   for (int f = 0; f < kCandidates; ++f) {
     double largest = 0;
     for (int32_t tap = threadIdx.x; tap < y.op.s.taps; tap += kBlockThreads) {
@@ -241,32 +265,46 @@ __device__ inline void improve_frequencies(const Symbol& y, double (&moved)[kCan
       q[0] /= largest > 0.0 ? largest : 1.0;
       q[1] /= largest > 0.0 ? largest : 1.0;
     }
-    __syncthreads();
-    const Peak peak = best_of_grid(y, grid, f);
-    if (threadIdx.x < kWarpSize) {
-      double w[kAxes], trial[kAxes];
-      LMTFAST_UNROLL
-      for (int a = 0; a < kAxes; ++a) w[a] = y.frequency[f * kAxes + a];
-      if (grid.points() > 1) {
-        const Point point = point_of(grid.size, peak.point < grid.points() ? peak.point : 0);
-        Moments m = moments_of(y, f, w);
-        if (static_cast<double>(peak.value) > value_of(m)) {
-          LMTFAST_UNROLL
-          for (int a = 0; a < kAxes; ++a) w[a] = grid_frequency(grid, point, a);
-          m = moments_of(y, f, w);
-        }
-        newton_step(y.op.s, m, w, trial);
-        const bool higher = value_of(moments_of(y, f, trial)) > value_of(m);
-        LMTFAST_UNROLL
-        for (int a = 0; a < kAxes; ++a) w[a] = wrapped(higher ? trial[a] : w[a]);
-      }
-      if (threadIdx.x < kAxes) {
-        const int axis = static_cast<int>(threadIdx.x);
-        moved[f * kAxes + axis] = axis == 0 ? w[0] : axis == 1 ? w[1] : w[2];
-      }
-    }
-    __syncthreads();
   }
+  __syncthreads();
+}
+
+// Moves each candidate's frequency to one where its response is no smaller: (4, 3) in `moved`. The
+// block searches the grids, then a warp per candidate takes the Newton step.
+__device__ inline void improve_frequencies(const Symbol& y, double (&moved)[kCandidates * kAxes]) {
+  LMTFAST_SHARED(Peak, peaks, [kCandidates]);
+  Grid grid;
+  LMTFAST_UNROLL
+  for (int a = 0; a < kAxes; ++a) grid.size[a] = static_cast<int32_t>(y.op.work.frequencies[a]);
+  scale_responses(y);
+  for (int f = 0; f < kCandidates; ++f) {
+    const Peak peak = best_of_grid(y, grid, f);
+    if (threadIdx.x == 0) peaks[f] = peak;
+  }
+  __syncthreads();
+  const int f = Team<false>::number();
+  if (f < kCandidates) {
+    double w[kAxes], trial[kAxes];
+    LMTFAST_UNROLL
+    for (int a = 0; a < kAxes; ++a) w[a] = y.frequency[f * kAxes + a];
+    if (grid.points() > 1) {
+      const Peak peak = peaks[f];
+      const Point point = point_of(grid.size, peak.point < grid.points() ? peak.point : 0);
+      Moments m = moments_of(y, f, w);
+      if (static_cast<double>(peak.value) > value_of(m)) {
+        LMTFAST_UNROLL
+        for (int a = 0; a < kAxes; ++a) w[a] = grid_frequency(grid, point, a);
+        m = moments_of(y, f, w);
+      }
+      newton_step(y.op.s, m, w, trial);
+      const bool higher = value_at(y, f, trial) > value_of(m);
+      LMTFAST_UNROLL
+      for (int a = 0; a < kAxes; ++a) w[a] = wrapped(higher ? trial[a] : w[a]);
+    }
+    const int axis = Team<false>::rank();
+    if (axis < kAxes) moved[f * kAxes + axis] = axis == 0 ? w[0] : axis == 1 ? w[1] : w[2];
+  }
+  __syncthreads();
 }
 
 // x = A(w)^H u at the new frequencies, and ||x|| per candidate.
@@ -276,10 +314,10 @@ __device__ inline void next_vectors(const Symbol& y, const float* phase,
   for (int f = 0; f < kCandidates; ++f) {
     double square = 0;
     for (int32_t i = threadIdx.x; i < y.width; i += kBlockThreads) {
-      const int32_t channel = i % s.channels, part = i / s.channels;
+      const int32_t channel = i % s.channels;
       float re = 0.0f, im = 0.0f;
       for (int32_t tap = 0; tap < s.taps; ++tap) {
-        if (tap_phase(s, point_of(s.kernel, tap)) != part) continue;
+        if (y.entry({0, tap}) != i - channel) continue;
         const float* b =
             y.back + static_cast<int64_t>(column_of(s, y.op.tap_major(), channel, tap)) * kPanel +
             2 * f;
