@@ -5,7 +5,7 @@
 // A launch fails, with the kernel's name and the lines that threads wait at, where a real one could
 // hang or is undefined: a barrier that some threads pass and others do not, at different lines, or
 // after a thread has returned; a warp instruction that some lanes skip (masks must be full); a
-// misaligned vector access; a write past the dynamic shared memory.
+// misaligned vector access; a write past the dynamic shared memory, or more of it than the device has.
 // Shared memory starts each block as 0xFF bytes (NaN), so a value nobody wrote shows. With a seed, blocks and, between
 // two barriers, threads run in a random order: a missing barrier or a dependence between blocks
 // changes the result. Not modelled: memory ordering within one warp instruction, caches, time.

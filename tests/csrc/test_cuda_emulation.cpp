@@ -8,6 +8,7 @@
 #include "check.h"
 #include "core/device.h"
 #include "core/status.h"
+#include "ops/cuda/team.h"
 
 namespace {
 
@@ -161,6 +162,18 @@ void test_faults() {
   alignas(16) const float values[8] = {};
   check_pair<misaligned_access_kernel>("misaligned access", 0, static_cast<const float*>(values));
   lmtfast::emulation::set_order(0);
+  // A block may have what the device has, and no more.
+  const int64_t limit = lmtfast::emulation::shared_limit();
+  const auto reversed = [&] {
+    LMTFAST_LAUNCH(reverse<true>, 1, 64, 64 * sizeof(int), nullptr, out.data());
+  };
+  lmtfast::emulation::set_shared_limit(64 * sizeof(int) - 1);
+  CHECK(says(fault_of(reversed), "256 bytes of shared memory, which the device has not"));
+  lmtfast::emulation::set_shared_limit(64 * sizeof(int));
+  lmtfast::emulation::count_launches(true);
+  CHECK(fault_of(reversed) == "");
+  CHECK(lmtfast::emulation::count_launches(false) == 1);
+  lmtfast::emulation::set_shared_limit(limit);
   const auto empty = [] { LMTFAST_LAUNCH(barrier_in_a_branch<true>, 1, 48, 0, nullptr); };
   CHECK(says(fault_of(empty), "whole warps"));
   LMTFAST_LAUNCH(barrier_in_a_branch<false>, 0, 64, 0, nullptr);
@@ -172,6 +185,15 @@ __global__ void chain(int* out) {
 }
 __global__ void count(int* out) { atomicAdd(out, 1); }
 
+// The block that is done last sees what all have written.
+__global__ void sum_by_the_last(int* counter, int* parts, int* out) {
+  parts[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+  if (!lmtfast::cuda::last_of(counter, static_cast<int32_t>(gridDim.x))) return;
+  int sum = 0;
+  for (unsigned i = threadIdx.x; i < gridDim.x * blockDim.x; i += blockDim.x) sum += parts[i];
+  atomicAdd(out, sum);
+}
+
 void test_random_orders() {
   int differing = 0;
   for (uint64_t seed = 1; seed <= 5; ++seed) {
@@ -182,6 +204,10 @@ void test_random_orders() {
     out[0] = 0;
     LMTFAST_LAUNCH(count, 8, 32, 0, nullptr, out.data());
     CHECK(out[0] == 256);
+    std::vector<int> parts(7 * 64, 0), done(2, 0);
+    LMTFAST_LAUNCH(sum_by_the_last, 7, 64, 0, nullptr, &done[0], parts.data(), &done[1]);
+    CHECK(done[0] == 7);
+    CHECK(done[1] == 7 * 64);
   }
   lmtfast::emulation::set_order(0);
   CHECK(differing == 5);
