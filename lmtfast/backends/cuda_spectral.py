@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lmtfast.backends import cuda_device
-from lmtfast.errors import DtypeError, ShapeError
+from lmtfast.backends.spectral_argument import check_state, dense, tap_major, vector
 from lmtfast.table import OperatorTable
 
 STEPS = frozenset({"operator", "symbol", "separable"})
@@ -54,8 +54,9 @@ def spectral_step(
         None: power iteration estimates norms from below. The order in which the device runs its
         blocks has no effect.
     """
-    _require_state(table, state)
-    views = [_dense(t, state.device) for t in tensors]
+    cuda_device.require(state, "PowerState")
+    check_state(table, state, "cuda")
+    views = [dense(t, state.device, DTYPES, "cuda") for t in tensors]
     state = state.contiguous()
     sigmas = state.new_zeros(len(table.rows))
     saved = state.new_empty(table.saved_size)
@@ -81,7 +82,7 @@ def spectral_vjp(
 
     One launch, scales included; one more for each further shape in which a weight is read.
     """
-    views = [_dense(t, saved.device) for t in tensors]
+    views = [dense(t, saved.device, DTYPES, "cuda") for t in tensors]
     grads = [
         torch.empty_like(v, dtype=torch.float32) if want else None
         for v, want in zip(views, wanted, strict=True)
@@ -91,8 +92,9 @@ def spectral_vjp(
         if grad is None:
             outputs += [0, 0, 0, 0]
         else:
-            outputs += [grad.data_ptr(), 0, view.numel(), int(_tap_major(view))]
-    grad_sigmas = grad_sigmas.contiguous()
+            outputs += [grad.data_ptr(), 0, view.numel(), int(tap_major(view))]
+    saved = vector(saved, table.saved_size, "saved", saved.device)
+    grad_sigmas = vector(grad_sigmas, len(table.rows), "grad_sigmas", saved.device)
     plan, copy, workspace = _prepared(table, saved.device)
     with cuda_device.of(saved):
         plan.vjp(
@@ -105,7 +107,7 @@ def spectral_vjp(
 def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds of features and logits ``(2,)`` and their derivatives in sigmas ``(2, R)``."""
     cuda_device.require(sigmas, "sigmas")
-    sigmas = sigmas.contiguous()
+    sigmas = vector(sigmas, len(table.rows), "sigmas", sigmas.device)
     values, jacobian = sigmas.new_empty(2), sigmas.new_empty(2, len(table.rows))
     plan, copy, workspace = _prepared(table, sigmas.device)
     with cuda_device.of(sigmas):
@@ -122,47 +124,8 @@ def _prepared(table: OperatorTable, device: torch.device) -> tuple[Any, Tensor, 
     return plan, copy, torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
 
 
-def _require_state(table: OperatorTable, state: Tensor) -> None:
-    cuda_device.require(state, "PowerState")
-    if state.dtype != torch.float32:
-        raise DtypeError(
-            "float32 iterates", str(state.dtype), "the cuda backend",
-            "use backend='reference' for float64 weights",
-        )  # fmt: skip
-    if state.shape != (table.state_size,):
-        raise ShapeError(
-            f"iterates of shape ({table.state_size},)", str(tuple(state.shape)), "PowerState",
-            "use the state that was made with the plan",
-        )  # fmt: skip
-
-
-def _tap_major(t: Tensor) -> bool:
-    """Whether the taps of a kernel lie outside its channels (channels-last)."""
-    return t.ndim > 2 and not t.is_contiguous()
-
-
-def _dense(t: Tensor, device: torch.device) -> Tensor:
-    """The tensor in a dtype and a layout that the core reads; itself where it already is."""
-    if t.device != device:
-        raise ShapeError(
-            f"tensors on {device}, beside the iterates", f"one on {t.device}", "the cuda backend",
-            "move the model and the bound to one device",
-        )  # fmt: skip
-    t = t.detach()
-    if t.dtype not in DTYPES or (t.dtype == torch.bfloat16 and t.ndim < 2):
-        if t.is_complex():
-            raise DtypeError("real weights", str(t.dtype), "the cuda backend", "use reals")
-        t = t.float()
-    if t.is_contiguous():
-        return t
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
-    if last is not None and t.is_contiguous(memory_format=last):
-        return t
-    return t.contiguous()
-
-
 def _described(views: Sequence[Tensor]) -> list[int]:
     flat: list[int] = []
     for t in views:
-        flat += [t.data_ptr(), DTYPES[t.dtype], t.numel(), int(_tap_major(t))]
+        flat += [t.data_ptr(), DTYPES[t.dtype], t.numel(), int(tap_major(t))]
     return flat

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmtfast.backends.spectral_argument import check_state, dense, tap_major, vector
 from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.table import AXES, FIELDS, OperatorTable
 
 STEPS = frozenset({"operator", "symbol", "separable"})
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
+CPU = torch.device("cpu")
 
 
 @lru_cache(maxsize=64)
@@ -58,8 +60,8 @@ def spectral_step(
     Guarantee:
         None: power iteration estimates norms from below.
     """
-    _require_state(table, state)
-    views = [_dense(t) for t in tensors]
+    check_state(table, state, "native")
+    views = _views(tensors)
     state = state.contiguous()
     sigmas = state.new_zeros(len(table.rows))
     saved = state.new_empty(table.saved_size)
@@ -90,10 +92,10 @@ def spectral_vjp(
     Raises:
         DtypeError, ShapeError: ``saved`` or ``grad_sigmas`` is not as described.
     """
-    views = [_dense(t) for t in tensors]
+    views = _views(tensors)
     grads, outputs = _gradients(views, wanted)
-    saved = _vector(saved, table.saved_size, "saved")
-    grad_sigmas = _vector(grad_sigmas, len(table.rows), "grad_sigmas")
+    saved = vector(saved, table.saved_size, "saved", CPU)
+    grad_sigmas = vector(grad_sigmas, len(table.rows), "grad_sigmas", CPU)
     packed(table).vjp(
         _described(views), saved.data_ptr(), grad_sigmas.data_ptr(), outputs,
         torch.get_num_threads(),
@@ -109,7 +111,7 @@ def row_matvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], v: Ten
         ShapeError: ``v`` has another number of entries, or the row is not compiled.
     """
     outputs, inputs = _sides(table, row)
-    views, v = [_dense(t) for t in tensors], _vector(v, inputs, "v")
+    views, v = _views(tensors), vector(v, inputs, "v", CPU)
     u = v.new_empty(outputs)
     packed(table).matvec(
         row, _described(views), v.data_ptr(), u.data_ptr(), torch.get_num_threads()
@@ -120,7 +122,7 @@ def row_matvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], v: Ten
 def row_rmatvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], u: Tensor) -> Tensor:
     """``A^T u`` of one compiled operator; as :func:`row_matvec`."""
     outputs, inputs = _sides(table, row)
-    views, u = [_dense(t) for t in tensors], _vector(u, outputs, "u")
+    views, u = _views(tensors), vector(u, outputs, "u", CPU)
     v = u.new_empty(inputs)
     packed(table).rmatvec(
         row, _described(views), u.data_ptr(), v.data_ptr(), torch.get_num_threads()
@@ -138,8 +140,8 @@ def row_weight_vjp(
 ) -> list[Tensor | None]:
     """Gradient of ``<u, A v>`` of one compiled operator, as :func:`spectral_vjp` returns it."""
     outputs, inputs = _sides(table, row)
-    u, v = _vector(u, outputs, "u"), _vector(v, inputs, "v")
-    views = [_dense(t) for t in tensors]
+    u, v = vector(u, outputs, "u", CPU), vector(v, inputs, "v", CPU)
+    views = _views(tensors)
     grads, described = _gradients(views, wanted)
     packed(table).weight_vjp(
         row, _described(views), u.data_ptr(), v.data_ptr(), described, torch.get_num_threads()
@@ -198,23 +200,10 @@ def power_vectors(
 
 def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds of features and logits ``(2,)`` and their derivatives in sigmas ``(2, R)``."""
-    sigmas = _vector(sigmas, len(table.rows), "sigmas")
+    sigmas = vector(sigmas, len(table.rows), "sigmas", CPU)
     values, jacobian = sigmas.new_empty(2), sigmas.new_empty(2, len(table.rows))
     packed(table).compose(sigmas.data_ptr(), values.data_ptr(), jacobian.data_ptr())
     return values, jacobian
-
-
-def _require_state(table: OperatorTable, state: Tensor) -> None:
-    if state.dtype != torch.float32:
-        raise DtypeError(
-            "float32 iterates", str(state.dtype), "the native backend",
-            "use backend='reference' for float64 weights",
-        )  # fmt: skip
-    if state.shape != (table.state_size,):
-        raise ShapeError(
-            f"iterates of shape ({table.state_size},)", str(tuple(state.shape)), "PowerState",
-            "use the state that was made with the plan",
-        )  # fmt: skip
 
 
 def _sides(table: OperatorTable, row: int) -> tuple[int, int]:
@@ -230,16 +219,8 @@ def _sides(table: OperatorTable, row: int) -> tuple[int, int]:
     return (inputs, outputs) if at["transposed"] else (outputs, inputs)
 
 
-def _vector(x: Tensor, entries: int, name: str) -> Tensor:
-    if x.dtype != torch.float32 or not x.is_cpu:
-        raise DtypeError(
-            "a float32 vector on the CPU", f"{x.dtype} on {x.device}", name, "convert it first"
-        )
-    if x.numel() != entries:
-        raise ShapeError(
-            f"{entries} entries", str(tuple(x.shape)), name, "use the operator's own shape"
-        )
-    return x.detach().reshape(-1).contiguous()
+def _views(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [dense(t, CPU, DTYPES, "native") for t in tensors]
 
 
 def _gradients(
@@ -255,43 +236,8 @@ def _gradients(
         if grad is None:
             described += [0, 0, 0, 0]
         else:
-            described += [grad.data_ptr(), 0, view.numel(), int(_tap_major(view))]
+            described += [grad.data_ptr(), 0, view.numel(), int(tap_major(view))]
     return grads, described
-
-
-def _tap_major(t: Tensor) -> bool:
-    """Whether the taps of a kernel lie outside its channels (channels-last)."""
-    return not t.is_contiguous()
-
-
-def _dense(t: Tensor) -> Tensor:
-    """The tensor in a dtype and a layout that the core reads; itself where it already is."""
-    strided = t.layout is torch.strided
-    if t.is_cpu and t.dtype is torch.float32 and strided and t.is_contiguous() and not t.is_neg():
-        return t
-    if not t.is_cpu:
-        raise ShapeError(
-            "tensors on the CPU", f"one on {t.device}", "the native backend",
-            "move the model, or leave out backend=",
-        )  # fmt: skip
-    if not strided:
-        raise DtypeError(
-            "dense tensors", str(t.layout), "the native backend", "convert them with to_dense()"
-        )
-    t = t.detach().resolve_neg()
-    # A vector, whatever its shape, may be a scale; those are float32.
-    if t.dtype not in DTYPES or (
-        t.dtype == torch.bfloat16 and t.numel() == max(t.shape, default=1)
-    ):
-        if t.is_complex():
-            raise DtypeError("real weights", str(t.dtype), "the native backend", "use reals")
-        t = t.float()
-    if t.is_contiguous():
-        return t
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
-    if last is not None and t.is_contiguous(memory_format=last):
-        return t
-    return t.contiguous()
 
 
 def _described(views: Sequence[Tensor]) -> list[int]:
@@ -303,5 +249,5 @@ def _described(views: Sequence[Tensor]) -> list[int]:
                 "tensors with data", f"one of shape {tuple(t.shape)} whose storage was freed",
                 "the native backend", "gather sharded parameters before calling the bound",
             )  # fmt: skip
-        flat += (address, DTYPES[t.dtype], t.numel(), _tap_major(t))
+        flat += (address, DTYPES[t.dtype], t.numel(), tap_major(t))
     return flat

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from lmtfast.errors import BackendUnavailableError, DtypeError, ShapeError
+from lmtfast.backends.spectral_argument import dense, tap_major
+from lmtfast.errors import BackendUnavailableError
 from lmtfast.kernels.composition import TapeWork, tape_work
 from lmtfast.kernels.gradient_work import (
     ORDER,
@@ -73,7 +74,10 @@ class Network:
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """Every tensor that is read here, in a dtype and a layout that the kernels read."""
-        return [_dense(t, self.device) if i in self.used else None for i, t in enumerate(tensors)]
+        return [
+            dense(t, self.device, DTYPES, "triton", wide_scales=False) if i in self.used else None
+            for i, t in enumerate(tensors)
+        ]
 
     def described(self, views: Sequence[Tensor | None]) -> Tensor:
         """The table of tensors (kernels/descriptor.py), made again when one has moved."""
@@ -158,28 +162,3 @@ def require_device(tensor: Tensor, name: str) -> None:
         return
     remedy = "move it to a GPU, or drop backend= to have one chosen"
     raise BackendUnavailableError("a tensor on an NVIDIA GPU", str(tensor.device), name, remedy)
-
-
-def tap_major(t: Tensor) -> bool:
-    """Whether the taps of a kernel lie outside its channels (channels-last)."""
-    return t.ndim > 2 and not t.is_contiguous()
-
-
-def _dense(t: Tensor, device: torch.device) -> Tensor:
-    """The tensor in a dtype and a layout that the kernels read; itself where it already is."""
-    if t.device != device:
-        raise ShapeError(
-            f"tensors on {device}, beside the iterates", f"one on {t.device}", "the triton backend",
-            "move the model and the bound to one device",
-        )  # fmt: skip
-    t = t.detach()
-    if t.dtype not in DTYPES:
-        if t.is_complex():
-            raise DtypeError("real weights", str(t.dtype), "the triton backend", "use reals")
-        t = t.float()
-    if t.is_contiguous():
-        return t
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
-    if last is not None and t.is_contiguous(memory_format=last):
-        return t
-    return t.contiguous()

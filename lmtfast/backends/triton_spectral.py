@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lmtfast.backends.spectral_argument import check_state, vector
 from lmtfast.backends.triton_network import Network, Step, prepared, require_device
 from lmtfast.backends.triton_operator import operator_step, precision
-from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.kernels import (
     composition,
     operator_gradient,
@@ -50,7 +50,8 @@ def spectral_step(
         None: power iteration estimates norms from below. The order in which the device runs its
         programs has no effect on any bit.
     """
-    _require_state(table, state)
+    require_device(state, "PowerState")
+    check_state(table, state, "triton")
     network = prepared(table, state.device)
     views = network.views(tensors)
     state = state.contiguous()
@@ -139,6 +140,8 @@ def spectral_vjp(
         wanted: Which tensors' gradients are wanted; the others' are None.
     """
     require_device(saved, "saved")
+    saved = vector(saved, table.saved_size, "saved", saved.device)
+    grad_sigmas = vector(grad_sigmas, len(table.rows), "grad_sigmas", saved.device)
     network = prepared(table, saved.device)
     views = network.views(tensors)
     offsets, size = [], 0
@@ -150,7 +153,7 @@ def spectral_vjp(
     gradients = torch.empty(size, dtype=torch.uint8, device=saved.device)
     if size:
         with torch.cuda.device_of(saved):
-            _write_gradients(network, views, saved, grad_sigmas.contiguous(), gradients, offsets)
+            _write_gradients(network, views, saved, grad_sigmas, gradients, offsets)
     found: list[Tensor | None] = []
     for tensor, view, want, offset in zip(tensors, views, wanted, offsets, strict=True):
         if not want:
@@ -213,8 +216,8 @@ def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds of features and logits ``(2,)`` and their derivatives in sigmas ``(2, R)``: one
     launch."""
     require_device(sigmas, "sigmas")
-    sigmas = sigmas.contiguous()
     rows = len(table.rows)
+    sigmas = vector(sigmas, rows, "sigmas", sigmas.device)
     values, jacobian = sigmas.new_empty(2), sigmas.new_empty(2, rows)
     tape = prepared(table, sigmas.device).tape
     steps = tape.steps.shape[1]
@@ -226,17 +229,3 @@ def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
             tape.depth, **composition.compose_geometry(tape.block),
         )  # fmt: skip
     return values, jacobian
-
-
-def _require_state(table: OperatorTable, state: Tensor) -> None:
-    require_device(state, "PowerState")
-    if state.dtype != torch.float32:
-        raise DtypeError(
-            "float32 iterates", str(state.dtype), "the triton backend",
-            "use backend='reference' for float64 weights",
-        )  # fmt: skip
-    if state.shape != (table.state_size,):
-        raise ShapeError(
-            f"iterates of shape ({table.state_size},)", str(tuple(state.shape)), "PowerState",
-            "use the state that was made with the plan",
-        )  # fmt: skip
