@@ -171,8 +171,8 @@ class NetworkBound(nn.Module):
 
         Power iteration follows a drifting maximum but lags behind it, and can miss another one that
         overtakes it; a rescan finds that one. It costs some dozen power steps and waits for the
-        device. With the symbol engine, one before every training step keeps its estimates within
-        one percent of the supremum (docs/adr/0009).
+        device. With the symbol engine, one before every training step keeps nearly all estimates
+        within one percent of the supremum (docs/adr/0009).
         """
         tensors = self._reader.tensors(self.state.iterates.dtype, self._batch_variance)
         self.state.advance(rescan_iterates(self.plan, self.state.iterates, tensors))
