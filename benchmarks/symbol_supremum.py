@@ -6,13 +6,15 @@ from __future__ import annotations
 import torch
 
 from lmtfast.engines import polyphase, symbol
-from lmtfast.engines.frequency import SCAN_DENSITY, SCAN_STEPS, scan_candidates
+from lmtfast.engines.frequency import scan_candidates
 from lmtfast.graph import Region
 from lmtfast.table import CANDIDATES
 from lmtfast.weights import Weights
 
 # A symbol norm counts as the supremum once ten alternations gain less than this fraction.
 SETTLED, SUPREMUM_STEPS = 2e-5, 400
+# Grid points per axis and degree, and power steps at each of them.
+DENSITY, STEPS = 6, 48
 # Frequencies of the fine grid that the search climbs from, and peaks that it climbs to the end.
 POOL, PEAKS = 64, 2 * CANDIDATES
 
@@ -21,13 +23,13 @@ POOL, PEAKS = 64, 2 * CANDIDATES
 def supremum(region: Region, weights: Weights, state: torch.Tensor) -> float:
     """Largest symbol norm that the tracked state or a thorough search climbs to, in float64.
 
-    The search has a grid twice as fine as a rescan's, four times as many power steps and starting
-    points, and twice as many peaks, so that it does not overlook what a rescan overlooks.
+    The search has a finer grid than a rescan, twice as many power steps, starting points and
+    peaks, so that it does not overlook what a rescan overlooks.
     """
     form = polyphase.conv_form(region)
     assert form is not None
     acting = polyphase.kernel(region, weights).detach()
-    w, x = scan_candidates(form, acting, POOL, density=2 * SCAN_DENSITY, steps=4 * SCAN_STEPS)
+    w, x = scan_candidates(form, acting, POOL, density=DENSITY, steps=STEPS)
     w, x = w.repeat(1, -(-PEAKS // w.shape[1]), 1), x.repeat(1, -(-PEAKS // x.shape[1]), 1)
     w, x = symbol.best_peaks(form, acting, w, x, PEAKS)
     anchor, starts = w.new_zeros(form.groups, form.axes), [state.double()]
