@@ -184,9 +184,24 @@ BUGS = (
     ),
     Bug(
         "cuda symbol: last tap lost", "csrc/ops/cuda/symbol.h",
-        "for (int32_t tap = 0; tap < s.taps; ++tap) {\n        if (tap_phase",
-        "for (int32_t tap = 0; tap + 1 < s.taps; ++tap) {\n        if (tap_phase",
+        "tap < s.taps; tap += kBlockThreads) {\n      begin[tap]",
+        "tap + 1 < s.taps; tap += kBlockThreads) {\n      begin[tap]",
         SPECTRAL, "cuda and symbol",
+    ),
+    Bug(
+        "cuda pass: row scale lost in the adjoint", "csrc/ops/cuda/pass.cu",
+        "acting = value * scale;", "acting = value;",
+        SPECTRAL, "cuda and symbol and scaled",
+    ),
+    Bug(
+        "cuda pass: sums not brought to a tile's new exponent", "csrc/ops/cuda/pass.cu",
+        "for (float& x : piece.v) x *= before;", "for (float& x : piece.v) x *= 1.0f;",
+        SPECTRAL, "cuda and symbol",
+    ),
+    Bug(
+        "cuda gradient: no mask on the last columns", "csrc/ops/cuda/gradient.cu",
+        "if (i < left) to[i]", "to[i]",
+        MEMORY, "cuda",
     ),
     Bug(
         "cuda panel: row scale lost in the adjoint", "csrc/ops/cuda/panel.h",
