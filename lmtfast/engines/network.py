@@ -8,7 +8,7 @@ run one by one on the reference engines.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,7 +62,7 @@ def spectral_step(
         iterates = state.clone() if update else state.new_empty(0)
     kept: list[Tensor] = []
     if plan.uncompiled:
-        leaves = _leaves(plan, tensors, state.dtype)
+        leaves = _leaves(plan, tensors, state.dtype, plan.uncompiled)
         weights = Leaves(leaves)
         for i in plan.uncompiled:
             operator, name = plan.operators[i], plan.engines[i]
@@ -88,11 +88,16 @@ def spectral_step(
 
 
 def _leaves(
-    plan: BoundPlan, tensors: Sequence[Tensor], dtype: torch.dtype
+    plan: BoundPlan, tensors: Sequence[Tensor], dtype: torch.dtype, indices: Iterable[int]
 ) -> dict[WeightRef, Tensor]:
+    """The tensors that some operators read, in the dtype of the iterates."""
+    slots = dict(zip(plan.slots, tensors, strict=True))
+    refs = dict.fromkeys(ref for i in indices for ref in leaf_refs(plan.operators[i]))
     return {
-        ref: t.detach().to(dtype) if t.is_floating_point() else t.detach()
-        for ref, t in zip(plan.slots, tensors, strict=True)
+        ref: slots[ref].detach().to(dtype)
+        if slots[ref].is_floating_point()
+        else slots[ref].detach()
+        for ref in refs
     }
 
 
@@ -115,7 +120,7 @@ def rescan_iterates(plan: BoundPlan, state: Tensor, tensors: Sequence[Tensor]) -
     Every engine's ``rescan`` defines it. Where the backend compiles the symbol engine, regions of
     one shape are scanned together, and the steps after the scan are the compiled ones.
     """
-    weights = Leaves(_leaves(plan, tensors, state.dtype))
+    weights = Leaves(_leaves(plan, tensors, state.dtype, range(len(plan.operators))))
     found = state.clone()
     parts = [slice(*ends) for ends in pairwise(plan.state_offsets)]
     compiled = set(plan.table.compiled)
@@ -158,7 +163,8 @@ def spectral_vjp(
         total = {ref: g for ref, g in zip(plan.slots, grads, strict=True) if g is not None}
     asked = {ref for ref, want in zip(plan.slots, wanted, strict=True) if want}
     if plan.uncompiled:
-        leaves = _leaves(plan, tensors, grad_sigmas.dtype)
+        leaves = _leaves(plan, tensors, grad_sigmas.dtype, plan.uncompiled)
+        closed: list[int] = []
         offset = 0
         for i in plan.uncompiled:
             operator, name = plan.operators[i], plan.engines[i]
@@ -170,22 +176,21 @@ def spectral_vjp(
             if not asked.intersection(refs):
                 continue
             if name == CLOSED_FORM or not isinstance(operator, Region):
-                found = largest_entry_vjp(operator, leaves)
-            else:
-                found = get_engine(name, plan.backend).vjp(
-                    operator, {r: leaves[r] for r in refs}, tuple(parts)
-                )
-            for ref, grad in found.items():
-                if ref in asked:
-                    part = grad_sigmas[i] * grad
-                    total[ref] = total[ref] + part if ref in total else part
+                closed.append(i)
+                continue
+            found = get_engine(name, plan.backend).vjp(
+                operator, {r: leaves[r] for r in refs}, tuple(parts)
+            )
+            _add(total, {r: grad_sigmas[i] * g for r, g in found.items() if r in asked})
+        operators = [plan.operators[i] for i in closed]
+        _add(total, largest_entries_vjp(operators, leaves, grad_sigmas[closed], asked))
     return [
         total[ref].to(t.dtype) if ref in total else (torch.zeros_like(t) if want else None)
         for ref, t, want in zip(plan.slots, tensors, wanted, strict=True)
     ]
 
 
-def _entries(operator: Operator, leaves: dict[WeightRef, Tensor]) -> Tensor:
+def _entries(operator: Operator, leaves: Mapping[WeightRef, Tensor]) -> Tensor:
     """The values whose largest one is the operator's norm."""
     weights = Leaves(leaves)
     if isinstance(operator, Slope):
@@ -195,23 +200,37 @@ def _entries(operator: Operator, leaves: dict[WeightRef, Tensor]) -> Tensor:
     return (entries.reciprocal() if op.inverse else entries) * abs(op.gain)  # type: ignore[union-attr]
 
 
-def largest_entry(operator: Operator, leaves: dict[WeightRef, Tensor]) -> Tensor:
+def largest_entry(operator: Operator, leaves: Mapping[WeightRef, Tensor]) -> Tensor:
     """Norm of a diagonal map, or the slope of a PReLU."""
     sigma = _entries(operator, leaves).max()
     # NaN must not hide behind the comparison with one.
     return torch.maximum(sigma, torch.ones_like(sigma)) if isinstance(operator, Slope) else sigma
 
 
-def largest_entry_vjp(
-    operator: Operator, leaves: dict[WeightRef, Tensor]
+def largest_entries_vjp(
+    operators: Sequence[Operator],
+    leaves: Mapping[WeightRef, Tensor],
+    grad: Tensor,
+    wanted: Collection[WeightRef],
 ) -> dict[WeightRef, Tensor]:
-    """Subgradient: the entry that attains the maximum."""
-    refs = leaf_refs(operator)
+    """Gradient of ``<grad, norms>``; a subgradient: of the entry that attains the maximum."""
+    refs = dict.fromkeys(r for o in operators for r in leaf_refs(o) if r in wanted)
+    if not refs:
+        return {}
     with torch.enable_grad():
-        variables = {r: leaves[r].detach().requires_grad_() for r in refs}
-        entries = _entries(operator, variables)
-        value = entries[entries.argmax()]
-        if isinstance(operator, Slope):
-            value = torch.where(value > 1, value, value.detach())
-        grads = torch.autograd.grad(value, [variables[r] for r in refs], allow_unused=True)
+        variables = {r: t.detach().requires_grad_(r in refs) for r, t in leaves.items()}
+        values = []
+        for operator in operators:
+            entries = _entries(operator, variables)
+            value = entries[entries.argmax()]
+            if isinstance(operator, Slope):
+                value = torch.where(value > 1, value, value.detach())
+            values.append(value)
+        inputs = [variables[r] for r in refs]
+        grads = torch.autograd.grad(torch.stack(values), inputs, grad, allow_unused=True)
     return {r: g for r, g in zip(refs, grads, strict=True) if g is not None}
+
+
+def _add(total: dict[WeightRef, Tensor], parts: Mapping[WeightRef, Tensor]) -> None:
+    for ref, part in parts.items():
+        total[ref] = total[ref] + part if ref in total else part
