@@ -15,7 +15,7 @@ from lmtfast.table import Stencil
 
 # Grid points per axis and degree. A scan only has to land in the reach of every peak.
 GRID_DENSITY = 4
-SCAN_DENSITY = 3
+SCAN_DENSITY = 4
 # Points of one grid; beyond it the grid coarsens and Newton steps do the rest.
 MAX_POINTS = 4096
 # Power steps at each frequency of a scan, and complex numbers held at once.
