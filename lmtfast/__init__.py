@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BoundPlan": "plan",
+    "Budget": "verified.budget",
     "Certificate": "certificate",
     "LipschitzBound": "bound",
     "NetworkBound": "estimation",
@@ -57,3 +58,4 @@ if TYPE_CHECKING:
     from lmtfast.plan import BoundPlan as BoundPlan
     from lmtfast.plan import trace as trace
     from lmtfast.rules.registry import register_rule as register_rule
+    from lmtfast.verified.budget import Budget as Budget

@@ -19,6 +19,7 @@ from lmtfast.guarantee import DELTA, check_level
 from lmtfast.radius import PairTable, canonical_up, radius_lower
 from lmtfast.samples import Samples, check_input_range
 from lmtfast.subject import Subject, prepare, weights_sha256
+from lmtfast.verified.budget import Budget
 from lmtfast.weights import named_tensors
 
 # Enclosures computed elsewhere have other roundings, each within its own error of the truth. With
@@ -36,6 +37,7 @@ def certify(
     input_range: tuple[float, float],
     level: str = "rigorous",
     method: str = "auto",
+    budget: Budget | None = None,
     delta: float = DELTA,
     progress: Progress | None = None,
 ) -> Certificate:
@@ -54,7 +56,7 @@ def certify(
         input_range: ``(low, high)`` of the inputs; radii are in these units. Has no default: a
             normalisation belongs into the model.
         level: ``"rigorous"`` or ``"probabilistic"``.
-        method: As for :func:`lmtfast.certified_bound`.
+        method, budget: As for :func:`lmtfast.certified_bound`.
         delta: Probability, over the library's own draw, that a probabilistic bound is too small.
             One draw covers all inputs.
         progress: Called as ``progress(done, total)`` after every chunk; ``total`` is None for
@@ -98,7 +100,9 @@ def certify(
             "use the default: power iteration underestimates norms, so it certifies nothing",
         )  # fmt: skip
     low_high = check_input_range(input_range)
-    subject = prepare(model, input_shape, low_high, level=level, delta=delta, method=method)
+    subject = prepare(
+        model, input_shape, low_high, level=level, delta=delta, method=method, budget=budget
+    )
     bound = subject.bound
     scales: dict[str, Any] = {
         k: canonical_up(float(getattr(bound, k))) for k in ("features", "total")

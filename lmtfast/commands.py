@@ -75,6 +75,15 @@ ImportModel = Annotated[
 MethodOption = Annotated[
     str, typer.Option(help="Method of the bound; `auto` takes the tightest one it can afford.")
 ]
+BudgetOption = Annotated[
+    float,
+    typer.Option(
+        "--budget", help="Nominal seconds that exact proofs may take; beyond it, looser bounds."
+    ),
+]
+MemoryOption = Annotated[
+    float, typer.Option("--memory", help="GiB that one proof may hold at once.")
+]
 
 
 @app.command()
@@ -174,6 +183,8 @@ def certify(
     plot: Annotated[Path | None, typer.Option(help="Also draw the curve to this file.")] = None,
     level: Annotated[CertifiedLevel, typer.Option()] = CertifiedLevel.rigorous,
     method: MethodOption = "auto",
+    budget: BudgetOption = 120.0,
+    memory: MemoryOption = 4.0,
     radius: Annotated[
         list[float] | None,
         typer.Option("--radius", help="L2 radius to report, in input units; may be repeated."),
@@ -202,6 +213,7 @@ def certify(
     from lmtfast.certification import certify as run_certify
     from lmtfast.checkpoint import load_checkpoint
     from lmtfast.tables import certificate_table
+    from lmtfast.verified.budget import Budget
 
     _use_working_directory()
     saved = load_checkpoint(checkpoint, allow_previous=allow_previous)
@@ -215,6 +227,7 @@ def certify(
             input_range=dataset.input_range,
             level=level.value,
             method=method,
+            budget=Budget(budget, memory * 2**30),
             progress=report,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -280,6 +293,8 @@ def bound(
     level: Annotated[Level, typer.Option()] = Level.estimate,
     engine: Annotated[str, typer.Option(help="Engine at level estimate.")] = "auto",
     method: MethodOption = "auto",
+    budget: BudgetOption = 120.0,
+    memory: MemoryOption = 4.0,
     csv: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
     import_model: ImportModel = False,
 ) -> None:
@@ -296,11 +311,15 @@ def bound(
     """
     from lmtfast.layer_bounds import layer_bounds, write_layers
     from lmtfast.tables import layer_table
+    from lmtfast.verified.budget import Budget
 
     _use_working_directory()
     module, shape = _module(model, input_shape, import_model)
     with console.status(f"bounding at level {level.value}"):
-        result = layer_bounds(module, shape, level=level.value, engine=engine, method=method)
+        result = layer_bounds(
+            module, shape, level=level.value, engine=engine, method=method,
+            budget=Budget(budget, memory * 2**30),
+        )  # fmt: skip
     console.print(layer_table(result))
     if csv is not None:
         write_layers(csv, {model: result})

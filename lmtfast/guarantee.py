@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,23 +27,28 @@ from lmtfast.graph import Linear, Operator, Region
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.tracing import trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
+from lmtfast.verified.budget import Allowance, Budget
 from lmtfast.verified.matrix import NormEnclosure, enclosure
 from lmtfast.verified.moment import moment_norm_upper
-from lmtfast.verified.region import (
-    METHODS,
+from lmtfast.verified.region import METHODS, allowances, lanczos_norm, operator_norm_upper
+from lmtfast.verified.rounding import frobenius_up, gamma_up, next_up
+from lmtfast.verified.weight_error import (
     absolute,
     check_weights,
-    lanczos_norm,
-    operator_norm_upper,
     product_error_up,
     weight_roundings,
 )  # fmt: skip
-from lmtfast.verified.rounding import frobenius_up, gamma_up, next_up
 from lmtfast.weights import Weights, named_tensors
 
 DELTA = 2.0**-100
 # With a larger relative error of a product the moment bound's allowance would eat its threshold.
 LARGEST_PRODUCT_ERROR = 2.0**-31
+# The ``method`` of an enclosure, and which ``method`` to ask for to get it again.
+PROVED_BY = {
+    **dict.fromkeys(("cholesky", "dense", "empty", "frobenius", "row-column", "zero"), "dense"),
+    "banded": "banded",
+    "torus": "torus",
+}
 
 
 def check_level(level: str, method: str = "auto") -> None:
@@ -86,6 +92,7 @@ def certified_bound(
     level: str = "rigorous",
     delta: float = DELTA,
     method: str = "auto",
+    budget: Budget | None = None,
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant with a guarantee.
 
@@ -98,7 +105,11 @@ def certified_bound(
         input_shape: Shape of one input, without the batch dimension.
         level: ``"rigorous"``, ``"probabilistic"``, or ``"estimate"`` (a converged estimate).
         delta: Probability, over the library's own draw, that a probabilistic bound is too small.
-        method: ``"auto"``; ``"dense"`` or ``"torus"`` insist on one proof for every operator.
+        method: ``"auto"``; ``"dense"``, ``"banded"`` or ``"torus"`` insist on one proof for every
+            operator that it can treat.
+        budget: What exact proofs may cost together, by default two minutes of two cores; operators
+            beyond it get the looser torus bound or a composition. ``methods`` of the result says
+            which.
 
     Returns:
         The bound; floats, and ``head_weight`` in float64.
@@ -134,7 +145,7 @@ def certified_bound(
         return NetworkBound(model, input_shape, engine="operator").rescan()
     graph = trace_model(model, input_shape).graph
     plan = make_plan(model, graph, engine="operator", backend="reference")
-    return plan_bound(plan, model, level=level, delta=delta, method=method)
+    return plan_bound(plan, model, level=level, delta=delta, method=method, budget=budget)
 
 
 def plan_bound(
@@ -144,9 +155,14 @@ def plan_bound(
     level: str,
     delta: float = DELTA,
     method: str = "auto",
+    budget: Budget | None = None,
+    proofs: Mapping[str, str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> LipschitzBound:
-    """The guaranteed bound of a model whose plan is fresh; ``tensors`` replace its own."""
+    """The guaranteed bound of a model whose plan is fresh; ``tensors`` replace its own.
+
+    ``proofs`` names how an earlier bound proved each operator; it is done again that way.
+    """
     plan.check_fresh(model)
     ensure_arithmetic(torch.device("cpu"))
     tensors = named_tensors(model) if tensors is None else tensors
@@ -157,7 +173,11 @@ def plan_bound(
         )
     with torch.no_grad():
         share = delta / max(1, len(plan.operators))
-        norms = [_norm(o, weights, level, share, method) for o in plan.operators]
+        ways = _ways(plan.operators, weights, method, budget or Budget(), proofs)
+        norms = [
+            _norm(o, weights, level, share, how, allowance)
+            for o, (how, allowance) in zip(plan.operators, ways, strict=True)
+        ]
         values = compose_up(plan.graph.tape, [n.upper for n in norms])
         head_weight, head_error = _head(plan, weights)
     names = [o.name for o in plan.operators]
@@ -174,12 +194,35 @@ def plan_bound(
     )  # fmt: skip
 
 
+def _ways(
+    operators: Sequence[Operator],
+    weights: Weights,
+    method: str,
+    budget: Budget,
+    proofs: Mapping[str, str] | None,
+) -> list[tuple[str, Allowance]]:
+    """Method and allowance of every operator."""
+    if proofs is None:
+        return [(method, a) for a in allowances(operators, weights, method, budget)]
+    ways = []
+    for operator in operators:
+        name = proofs.get(operator.name, method)
+        paid = 0.0 if name == "composition" else math.inf
+        ways.append((PROVED_BY.get(name, "auto"), Allowance(paid, math.inf)))
+    return ways
+
+
 def _norm(
-    operator: Operator, weights: Weights, level: str, delta: float, method: str
+    operator: Operator,
+    weights: Weights,
+    level: str,
+    delta: float,
+    method: str,
+    allowance: Allowance,
 ) -> NormEnclosure:
     closed = not isinstance(operator, Region) or operator.kind in ("scale", "linear")
     if level == "rigorous" or closed:
-        return operator_norm_upper(operator, weights, method=method)
+        return operator_norm_upper(operator, weights, method=method, allowance=allowance)
     assert isinstance(operator, Region)
     region = operator
     check_weights(region, weights)
@@ -196,7 +239,7 @@ def _norm(
     error = product_error_up(region, weights, apply, adjoint)
     if not error <= LARGEST_PRODUCT_ERROR:
         # Weights that cancel or leave the range: products say too little, a proof says enough.
-        return operator_norm_upper(operator, weights, method=method)
+        return operator_norm_upper(operator, weights, method=method, allowance=allowance)
     upper = moment_norm_upper(apply, adjoint, region.in_shape, delta=delta, product_error=error)
     return enclosure(upper, lanczos_norm(region, weights), "moment")
 

@@ -19,6 +19,7 @@ from lmtfast.estimation import NetworkBound
 from lmtfast.graph import Conv, Operator, Region
 from lmtfast.guarantee import check_certifiable, check_level, plan_bound
 from lmtfast.plan import trace
+from lmtfast.verified.budget import Budget
 from lmtfast.weights import Weights, named_tensors
 
 # From a cold start, the norms of the paper's network are within 0.1 % after 200 steps.
@@ -77,6 +78,7 @@ def layer_bounds(
     level: str = "estimate",
     engine: str = "auto",
     method: str = "auto",
+    budget: Budget | None = None,
 ) -> LayerBounds:
     """Bound every layer of a network.
 
@@ -86,7 +88,7 @@ def layer_bounds(
         level: ``"estimate"`` runs 200 steps of ``engine`` from a cold start; the other levels are
             those of :func:`lmtfast.certified_bound` with ``method``.
         engine: Engine at level ``"estimate"``.
-        method: Method at the other levels.
+        method, budget: Method and its budget at the other levels.
 
     Raises:
         UnsupportedLayerError: A layer has no rule.
@@ -109,7 +111,7 @@ def layer_bounds(
         check_level(level, method)
         check_certifiable(model)
         plan = trace(model, input_shape)
-        bound = plan_bound(plan, model, level=level, method=method)
+        bound = plan_bound(plan, model, level=level, method=method, budget=budget)
     weights = Weights(named_tensors(model), dtype=torch.float64)
     layers = tuple(_layer(operator, bound, weights) for operator in plan.operators)
     return LayerBounds(layers, bound, time.perf_counter() - started)

@@ -20,6 +20,7 @@ from lmtfast.guarantee import check_certifiable, plan_bound
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.tracing import TracedModel, trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
+from lmtfast.verified.budget import Budget
 from lmtfast.weights import constant_ref, named_tensors
 
 # float64 entries a chunk of samples may need at once, unfolded windows of a convolution included.
@@ -54,8 +55,11 @@ def prepare(
     level: str,
     delta: float,
     method: str,
+    budget: Budget | None = None,
+    proofs: Mapping[str, str] | None = None,
 ) -> Subject:
-    """Trace, check and bound a model; the bound is computed once."""
+    """Trace, check and bound a model; the bound is computed once. ``proofs`` as for
+    :func:`lmtfast.guarantee.plan_bound`."""
     check_certifiable(model)
     device = next((t.device for t in named_tensors(model).values()), torch.device("cpu"))
     ensure_arithmetic(torch.device("cpu"))
@@ -75,7 +79,10 @@ def prepare(
         )  # fmt: skip
     compare(model, traced, input_range)
     plan = make_plan(model, traced.graph, engine="operator", backend="reference")
-    bound = plan_bound(plan, model, level=level, delta=delta, method=method, tensors=tensors)
+    bound = plan_bound(
+        plan, model, level=level, delta=delta, method=method, budget=budget, proofs=proofs,
+        tensors=tensors,
+    )  # fmt: skip
     norms = {n: float(v) for n, v in bound.per_operator.items()}
     enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)
     fingerprint = program_sha256(plan, traced)

@@ -20,13 +20,15 @@ DELTA = "7.888609052210118e-31"  # 2**-100
 SIGNATURES = {
     "BoundPlan": "(graph, slots, table, engines, reasons, state_sizes, backend, backend_reason, "
     "signature)",
+    "Budget": "(seconds=120.0, memory=4294967296.0)",
     "Certificate": None,  # made by certify and load_certificate, never by hand
     "LipschitzBound": None,  # made by the bounds
     "NetworkBound": "(model, input_shape, *, engine='auto', backend=None, batch_norm='running')",
     "available_backends": "()",
-    "certified_bound": f"(model, input_shape, *, level='rigorous', delta={DELTA}, method='auto')",
+    "certified_bound": f"(model, input_shape, *, level='rigorous', delta={DELTA}, method='auto', "
+    "budget=None)",
     "certify": "(model, data, *, input_shape, input_range, level='rigorous', method='auto', "
-    f"delta={DELTA}, progress=None)",
+    f"budget=None, delta={DELTA}, progress=None)",
     "conv_spectral_norm": "(weight, input_shape, *, stride=1, padding=0, dilation=1, groups=1, "
     "padding_mode='zeros', transposed=False, level='rigorous')",
     "load_certificate": "(path)",
@@ -53,7 +55,7 @@ def bare_signature(function: object) -> str:
 
 def test_there_are_exactly_these_names() -> None:
     assert lmtfast.__all__ == PUBLIC
-    assert len(PUBLIC) == 14
+    assert len(PUBLIC) == 15
     assert set(PUBLIC) <= set(dir(lmtfast))
 
 

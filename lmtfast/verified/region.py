@@ -1,33 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Verified norms of traced regions: dense where that fits, on the torus or by composition where
-not.
+"""Verified norms of traced operators: which proof, and what it needs.
 
-Every path ends in a proof over float64 matrices; this file only turns a region into such matrices
-and bounds what the turning rounds. Weights are float32 or narrower values held exactly in float64,
-or float64 values; scales such as folded batch norms are rounded, and that is added outward.
+Exact up to rounding are a dense proof of the operator's matrix and a banded one along its image;
+the cheaper is used where the budget pays for it. Elsewhere a convolution has its symbol's maximum
+on the torus, and a composite the composition of its parts' bounds. This file only turns a region
+into what the proofs read and adds what the turning rounds. Weights are float32 or narrower values
+held exactly in float64, or float64 values; scales such as folded batch norms are rounded, and that
+is added outward.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lmtfast.backends.reference import (
-    Leaves,
-    effective_weight,
-    matvec,
-    region_apply,
-    rmatvec,
-    vector_shape,
-)  # fmt: skip
-from lmtfast.errors import ArgumentError, NotCertifiedError
+from lmtfast.backends.reference import effective_weight, matvec, rmatvec, vector_shape
+from lmtfast.errors import ArgumentError
 from lmtfast.graph import (
     Average,
-    BatchNormScale,
     Conv,
     Copy,
     Linear,
@@ -37,45 +31,56 @@ from lmtfast.graph import (
     RegionNode,
     Scale,
     Slope,
-    weight_refs,
 )  # fmt: skip
-from lmtfast.verified.lanczos import fresh_generator, top_eigenvalue
+from lmtfast.verified.banded import squared_norm_upper
+from lmtfast.verified.budget import FREE_OPERATIONS, Allowance, Budget, Cost, share
+from lmtfast.verified.composite import CompositeGram, composite_form, least_operations
+from lmtfast.verified.convolution import Geometry, banded_form, convolution_norm_upper
+from lmtfast.verified.dense import dense_bytes, dense_norm_upper, dense_operations
+from lmtfast.verified.lanczos import top_eigenvalue
 from lmtfast.verified.matrix import NormEnclosure, enclosure, matrix_norm_upper
 from lmtfast.verified.rounding import (
     add_up,
-    div_up,
-    frobenius_up,
-    gamma_up,
     hypot_up,
     magnitude,
     mul_up,
+    scale_up,
     sqrt_up,
 )  # fmt: skip
 from lmtfast.verified.torus import circular_norm_upper, polyphase, torus_norm_upper
+from lmtfast.verified.weight_error import (
+    SCALE_ROUNDINGS,
+    applying_error_up,
+    check_weights,
+    entry_error,
+    extreme,
+    in_range,
+)  # fmt: skip
 from lmtfast.weights import Weights
 
-METHODS = ("auto", "dense", "torus")
-# A Gram of this order takes about a minute on two cores, and its matrix at most one gigabyte.
-DENSE_ORDER = 4096
-DENSE_ENTRIES = 1 << 27
-# Roundings a scale may have gone through, seven: batch norm (add, a root that counts twice,
-# divide), reciprocal, cast, gain.
-SCALE_ROUNDINGS = 8
-# Products of weights must stay clear of the underflow threshold 2^-1022 and of overflow.
-SAFE_EXPONENT = 900
-LOWER_STEPS = 20
+METHODS = ("auto", "dense", "banded", "torus")
+# Steps and accuracy of the guess that a banded proof starts from: a refusal costs far more.
+GUESS_STEPS, GUESS_TOLERANCE = 400, 1e-12
+# An hour of two cores: beyond it a composite's band is not even looked at.
+HOPELESS_OPERATIONS = 2.0**47
 
 
 def operator_norm_upper(
-    operator: Operator, weights: Weights, *, method: str = "auto"
+    operator: Operator,
+    weights: Weights,
+    *,
+    method: str = "auto",
+    allowance: Allowance | None = None,
 ) -> NormEnclosure:
     """Bound the norm of one operator of a plan from above, floating point included.
 
     Args:
         operator: A region or slope of a :class:`~lmtfast.graph.BoundGraph`.
         weights: Resolved in float64.
-        method: ``"auto"`` takes the dense proof where it is affordable and the torus or the
-            composition of smaller proofs elsewhere; ``"dense"`` and ``"torus"`` insist.
+        method: ``"auto"`` takes the cheaper of the dense and the banded proof where the allowance
+            pays for it, and the torus or the composition of smaller proofs elsewhere; ``"dense"``,
+            ``"banded"`` and ``"torus"`` insist.
+        allowance: What an exact proof may cost; by default what a whole network's may.
 
     Returns:
         The enclosure; ``method`` names the proof that was used.
@@ -89,7 +94,8 @@ def operator_norm_upper(
         Rigorous; assumptions as for :func:`lmtfast.verified.matrix.matrix_norm_upper`.
 
     Source:
-        Dense: Rump, BIT 51 (2011). Torus: the lemma in :mod:`lmtfast.verified.torus`.
+        Dense and banded: Rump, BIT 51 (2011), and :mod:`lmtfast.verified.banded`. Torus: the lemma
+        in :mod:`lmtfast.verified.torus`.
 
     Example:
         See :func:`lmtfast.certified_bound`.
@@ -103,94 +109,141 @@ def operator_norm_upper(
         return _exactly(max(1.0, float(weights[operator.ref].abs().max())), "maximum")
     if isinstance(operator.primitive, Scale):
         return _diagonal(operator.primitive, weights)
-    return _region(operator, weights, method)
+    return _region(operator, weights, method, allowance or Allowance())
 
 
-def check_weights(operator: Operator, weights: Weights) -> None:
-    """Refuse NaN, infinity and batch-norm gains that folding rounds away."""
-    for ref in weight_refs(operator):
-        magnitude(weights[ref].double(), f"a weight of {operator.name!r}")
-        if isinstance(ref, BatchNormScale) and ref.weight is not None:
-            vanished = (weights[ref].abs() < 2.0**-SAFE_EXPONENT) & (weights[ref.weight] != 0)
-            if bool(vanished.any()):
-                raise _extreme(operator.name)
+def allowances(
+    operators: Sequence[Operator], weights: Weights, method: str, budget: Budget
+) -> list[Allowance]:
+    """A network's budget, shared among its operators: cheapest proofs first."""
+    if method != "auto":
+        return [Allowance(math.inf, budget.memory)] * len(operators)
+    costs = [
+        _cheapest(o, weights)[1] if isinstance(o, Region) and o.kind != "scale" else None
+        for o in operators
+    ]
+    return share(budget, costs)
 
 
-def product_error_up(
-    region: Region,
-    weights: Weights,
-    apply: Callable[[Tensor], Tensor],
-    adjoint: Callable[[Tensor], Tensor],
-) -> float:
-    """Bound on ``|fl(A x) - A x| / (|A| |x|)`` for the region and its adjoint; infinite if unknown.
+def _cheapest(region: Region, weights: Weights) -> tuple[str, Cost | None]:
+    """The cheaper exact proof of a region, and what it costs.
 
-    With M the map of absolute weights, a product errs by at most ``gamma |M| |x|`` in length, and
-    |M| is at most the root of its largest row sum times its largest column sum. A computed image
-    ``y`` of ``x``, less that error, bounds |A| from below.
+    None where none is needed: matrices are always proved, single taps are matrices, and a circular
+    convolution that goes around once is exact on its torus.
     """
-    sizes = [s[s > 0] for node in region.nodes for s in _factors(node.op, weights)]
-    logs = [abs(math.frexp(float(e))[1]) for s in sizes if s.numel() for e in torch.aminmax(s)]
-    if sum(logs) > SAFE_EXPONENT:
-        return math.inf
-    positive, majorants = absolute(region, weights)
-    ones = torch.ones((1, *region.in_shape), dtype=torch.float64)
-    with torch.enable_grad():
-        ones.requires_grad_()
-        rows = region_apply(positive, majorants, ones)
-        (columns,) = torch.autograd.grad(rows.sum(), ones)
-    # A tensor with several readers collects their gradients: one more rounding each.
-    depth = sum(_depth(n.op) + _adjoint_depth(n.op) + len(region.nodes) for n in region.nodes)
-    size = sqrt_up(mul_up(float(rows.detach().amax()), float(columns.amax())))
-    absolute_error = mul_up(gamma_up(depth), mul_up(size, 1.0 + 4.0 * gamma_up(depth)))
-    x = torch.randn(ones.shape, dtype=torch.float64, generator=fresh_generator())
-    for _ in range(LOWER_STEPS):
-        x = adjoint(apply(x))
-        if not 0.0 < float(x.abs().amax()) < math.inf:
-            return math.inf
-        x = x / x.abs().amax()
-    lower = float(apply(x).norm() / x.norm()) * (1.0 - 2.0**-20) - absolute_error
-    return div_up(absolute_error, lower) if 0.0 < lower < math.inf else math.inf
-
-
-def _adjoint_depth(op: Primitive | str) -> int:
-    """As :func:`_depth`, for the adjoint."""
-    if isinstance(op, Conv):
-        return math.prod(op.kernel) * op.out_shape[0] // op.groups + weight_roundings(op)
-    if isinstance(op, Linear):
-        return op.out_shape[-1] + weight_roundings(op)
-    if isinstance(op, Average):
-        return math.prod(op.out_shape) + 4
-    if isinstance(op, Copy):
-        return op.copies + 2
-    return _depth(op)
-
-
-def _region(region: Region, weights: Weights, method: str) -> NormEnclosure:
-    in_range = _in_range(region, weights)
     op = region.primitive
-    if isinstance(op, Linear) and in_range:
-        return _matrix(op, weights)
-    affordable = in_range and _fits(region)
-    if affordable and method != "torus":
-        return _dense(region, weights)
-    if isinstance(op, Conv) and in_range and method != "dense":
-        return _torus(region, op, weights)
-    if op is None and method != "dense":
+    if isinstance(op, Linear) or not in_range(region, weights):
+        return "dense", None
+    if isinstance(op, Conv) and (math.prod(op.kernel) == 1 if _plain(op) else _whole(op)):
+        return "dense", None
+    dense = Cost(dense_operations(region), dense_bytes(region))
+    if dense.operations <= FREE_OPERATIONS:
+        return "dense", dense
+    banded = _banded_cost(region, weights)
+    if banded is not None and banded.operations < dense.operations:
+        return "banded", banded
+    return "dense", dense
+
+
+def _region(region: Region, weights: Weights, method: str, allowance: Allowance) -> NormEnclosure:
+    op, ranged = region.primitive, in_range(region, weights)
+    if isinstance(op, Linear) and ranged:
+        matrix = effective_weight(op, weights)
+        return matrix_norm_upper(matrix, entry_error=entry_error(op, weights))
+    if ranged:
+        if method == "auto" and isinstance(op, Conv) and _plain(op) and math.prod(op.kernel) == 1:
+            return _pointwise(op, weights)
+        proof = _exact_proof(region, weights, method, allowance)
+        if proof is not None:
+            return proof
+        if method in ("auto", "torus") and isinstance(op, Conv):
+            return _torus(region, op, weights)
+    if op is None and method in ("auto", "torus"):
         return _composed(region, weights, method)
-    if not in_range:
-        raise _extreme(region.name)
+    if not ranged:
+        raise extreme(region.name)
     raise ArgumentError(
-        f"an operator of order at most {DENSE_ORDER} with at most {DENSE_ENTRIES} entries",
+        f"an operator whose proof holds at most {allowance.memory / 2**30:.3g} GiB",
         f"{math.prod(region.out_shape)} x {math.prod(region.in_shape)} at {region.name!r}",
-        f"method={method!r}", "use method='auto'",
+        f"method={method!r}", "use method='auto', or a larger budget",
     )  # fmt: skip
 
 
-def _extreme(name: str) -> NotCertifiedError:
-    return NotCertifiedError(
-        f"weights whose products stay within 2^+-{SAFE_EXPONENT}", "more extreme ones", repr(name),
-        "rescale the layer (a power of two is exact)",
-    )  # fmt: skip
+def _exact_proof(
+    region: Region, weights: Weights, method: str, allowance: Allowance
+) -> NormEnclosure | None:
+    """The dense or the banded proof, where it is wanted and paid for; None where not."""
+    if method == "torus":
+        return None
+    name, cost = _cheapest(region, weights)
+    if method == "dense":
+        name, cost = method, Cost(dense_operations(region), dense_bytes(region))
+    elif method == "banded":
+        name, cost = method, _banded_cost(region, weights)
+    if cost is None or not allowance.pays(cost):
+        return None
+    if name == "dense":
+        return dense_norm_upper(region, weights)
+    found = _banded(region, weights)
+    return found if found.upper < math.inf or method == "banded" else None
+
+
+def _pointwise(op: Conv, weights: Weights) -> NormEnclosure:
+    """A single tap moves its matrix from some positions to others, each at most once."""
+    kernels = effective_weight(op, weights).flatten(1)
+    matrices = torch.stack(kernels.chunk(op.groups))
+    found = matrix_norm_upper(matrices, entry_error=entry_error(op, weights))
+    return replace(found, method="pointwise")
+
+
+def _plain(op: Primitive | None) -> bool:
+    return isinstance(op, Conv) and op.padding_mode == "zeros"
+
+
+def _geometry(op: Conv) -> Geometry:
+    """Of the forward stencil: a transposed convolution is its adjoint."""
+    in_extent, out_extent = op.in_shape[1:], op.out_shape[1:]
+    if op.transposed:
+        in_extent, out_extent = out_extent, in_extent
+    low = tuple(p for p, _ in op.padding)
+    return Geometry(in_extent, out_extent, op.kernel, op.stride, op.dilation, low)
+
+
+def _banded_cost(region: Region, weights: Weights) -> Cost | None:
+    """What the banded proof costs; None where the operator has no image, or is not banded."""
+    op = region.primitive
+    if math.prod(region.in_shape) == 0 or math.prod(region.out_shape) == 0:
+        return None
+    if isinstance(op, Conv) and _plain(op):
+        outputs, inputs = (
+            (op.in_shape, op.out_shape) if op.transposed else (op.out_shape, op.in_shape)
+        )
+        form = banded_form(_geometry(op), outputs[0] // op.groups, inputs[0] // op.groups)
+        return Cost(form.operations * op.groups, form.memory)
+    if least_operations(region) > HOPELESS_OPERATIONS:
+        return None
+    composite = composite_form(region, weights)
+    return Cost(composite.operations, composite.memory)
+
+
+def _banded(region: Region, weights: Weights) -> NormEnclosure:
+    estimate = lanczos_norm(region, weights, GUESS_STEPS, GUESS_TOLERANCE)
+    op = region.primitive
+    if isinstance(op, Conv) and _plain(op):
+        kernels = effective_weight(op, weights).chunk(op.groups)
+        upper = convolution_norm_upper(kernels, _geometry(op), estimate=estimate)
+        upper = add_up(upper, entry_error(op, weights))
+    else:
+        exponent = math.frexp(estimate)[1] if 0.0 < estimate < math.inf else 0
+        gram = CompositeGram(region, weights, composite_form(region, weights), exponent)
+        squared = squared_norm_upper(gram, math.ldexp(estimate, -exponent) ** 2)
+        # Scaling loses what falls below the normal range.
+        lost = mul_up(
+            sqrt_up(float(math.prod(region.in_shape) * math.prod(region.out_shape))), 2.0**-1022
+        )
+        upper = scale_up(add_up(sqrt_up(squared), lost), exponent)
+        upper = add_up(upper, applying_error_up(region, weights))
+    return enclosure(upper, estimate, "banded")
 
 
 def _exactly(upper: float, method: str) -> NormEnclosure:
@@ -207,185 +260,70 @@ def _diagonal(op: Scale, weights: Weights) -> NormEnclosure:
     return enclosure(upper, largest * abs(op.gain), "maximum")
 
 
-def weight_roundings(op: Conv | Linear) -> int:
-    """Roundings between the stored weights and an entry of the acting kernel; 0 if it is stored."""
-    scales = len(op.row_scales) + len(op.column_scales)
-    plain = not scales and op.gain == 1.0 and op.identity_gain == 0.0
-    return 0 if plain else (SCALE_ROUNDINGS + 1) * scales + 3
-
-
-def absolute(region: Region, weights: Weights) -> tuple[Region, Weights]:
-    """The region with all weights and factors replaced by their absolute values."""
-    nodes = []
-    for node in region.nodes:
-        op = node.op
-        if isinstance(op, (Conv, Linear)):
-            op = replace(op, gain=abs(op.gain), identity_gain=abs(op.identity_gain))
-        elif isinstance(op, (Scale, Average)):
-            op = replace(op, gain=abs(op.gain))
-        nodes.append(replace(node, op=op))
-    leaves = {ref: weights[ref].double().abs() for ref in weight_refs(region)}
-    return replace(region, nodes=tuple(nodes)), Leaves(leaves)
-
-
-def _depth(op: Primitive | str) -> int:
-    """Roundings one entry of the materialised map can go through in one node."""
-    if isinstance(op, Conv):
-        return math.prod(op.kernel) * op.in_shape[0] // op.groups + weight_roundings(op)
-    if isinstance(op, Linear):
-        return op.in_shape[-1] + weight_roundings(op)
-    if isinstance(op, Scale):
-        return SCALE_ROUNDINGS + 2
-    if isinstance(op, Average):
-        return math.prod(op.in_shape) + 4
-    return 2
-
-
-def _in_range(region: Region, weights: Weights) -> bool:
-    """Whether no product of weights along the region can underflow or overflow."""
-    low = high = 0
-    for node in region.nodes:
-        for size in _factors(node.op, weights):
-            size = size[size > 0]
-            if size.numel():
-                low += min(0, math.frexp(float(size.min()))[1])
-                high += max(0, math.frexp(float(size.max()))[1])
-    op = region.primitive
-    if isinstance(op, (Conv, Linear)) and weight_roundings(op) == 0:
-        return True
-    # Scales appear as reciprocals too, so both sides count together.
-    return high - low < SAFE_EXPONENT
-
-
-def _factors(op: Primitive | str, weights: Weights) -> list[Tensor]:
-    """Sizes of everything a node multiplies with, as often as it does."""
-    refs = [op.weight] if isinstance(op, (Conv, Linear)) else []
-    if isinstance(op, (Conv, Linear)):
-        refs += [s.ref for s in op.row_scales + op.column_scales]
-    elif isinstance(op, Scale) and op.ref is not None:
-        refs = [op.ref]
-    names = ("gain", "identity_gain")
-    gains = torch.tensor([getattr(op, name, 0.0) for name in names], dtype=torch.float64)
-    return [weights[ref].double().abs() for ref in refs] + list(gains.abs())
-
-
-def _fits(region: Region) -> bool:
-    rows, columns = math.prod(region.out_shape), math.prod(region.in_shape)
-    return min(rows, columns) <= DENSE_ORDER and rows * columns <= DENSE_ENTRIES
-
-
-def _matrix(op: Linear, weights: Weights) -> NormEnclosure:
-    matrix = effective_weight(op, weights)
-    return matrix_norm_upper(matrix, entry_error=_entry_error(op, weights))
-
-
-def _entry_error(op: Conv | Linear, weights: Weights) -> float:
-    """Frobenius bound of the rounding in the acting kernel, summed over taps."""
-    count = weight_roundings(op)
-    if count == 0:
-        return 0.0
-    majorant = _majorant(op, weights)
-    taps = majorant.reshape(*majorant.shape[:2], -1).sum(-1)
-    return mul_up(gamma_up(2 * count + taps.numel()), frobenius_up(taps))
-
-
-def _majorant(op: Conv | Linear, weights: Weights) -> Tensor:
-    region = Region(op.name, op.in_shape, op.out_shape, (RegionNode(op, (-1,)),))
-    positive, sizes = absolute(region, weights)
-    kernel = positive.primitive
-    assert isinstance(kernel, (Conv, Linear))
-    return effective_weight(kernel, sizes)
-
-
-def materialise(region: Region, weights: Weights) -> Tensor:
-    """The region's matrix, computed on the unit vectors. Shape ``(outputs, inputs)``, float64."""
-    columns, rows = math.prod(region.in_shape), math.prod(region.out_shape)
-    matrix = torch.empty(rows, columns, dtype=torch.float64)
-    width = max(1, min(columns, (1 << 22) // max(1, rows)))
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        basis = torch.zeros(stop - start, columns, dtype=torch.float64)
-        basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
-        image = region_apply(region, weights, basis.reshape(-1, *region.in_shape))
-        matrix[:, start:stop] = image.reshape(stop - start, rows).T
-    return matrix
-
-
-def _dense(region: Region, weights: Weights) -> NormEnclosure:
-    matrix = materialise(region, weights)
-    op = region.primitive
-    stored = isinstance(op, Conv) and weight_roundings(op) == 0
-    if stored or all(isinstance(n.op, Copy) or n.op == "concat" for n in region.nodes):
-        # On a unit vector every product has a factor 0 or 1 and every sum one nonzero term: exact,
-        # unless several taps of a circular kernel meet in one entry.
-        error = 0.0 if _one_tap_per_entry(op) else _materialising_error(region, weights)
-    else:
-        error = _materialising_error(region, weights)
-    return matrix_norm_upper(matrix, entry_error=error)
-
-
-def _one_tap_per_entry(op: Primitive | None) -> bool:
-    return not (isinstance(op, Conv) and op.padding_mode == "circular")
-
-
-def _materialising_error(region: Region, weights: Weights) -> float:
-    """|M_hat - M| <= gamma_n |A_k| ... |A_1| entrywise, n the roundings along the longest path."""
-    positive, sizes = absolute(region, weights)
-    depth = 2 * sum(_depth(n.op) for n in region.nodes)
-    return mul_up(gamma_up(depth), frobenius_up(materialise(positive, sizes)))
-
-
 def _torus(region: Region, op: Conv, weights: Weights) -> NormEnclosure:
-    weight = effective_weight(op, weights)
-    in_size, out_size = op.in_shape[1:], op.out_shape[1:]
-    if op.transposed:
-        # The adjoint of the convolution with the same weight, from our output to our input.
-        in_size, out_size = out_size, in_size
+    weight, geometry = effective_weight(op, weights), _geometry(op)
     upper = 0.0
     for kernel in weight.chunk(op.groups):
         if op.padding_mode == "circular":
-            bound = _circular(op, kernel, in_size, out_size)
+            bound = _circular(op, kernel)
         else:
             taps, coarse = polyphase(
                 kernel, stride=op.stride, padding=op.padding, dilation=op.dilation
             )
             bound = torus_norm_upper(
-                taps, input_extent=coarse(in_size), output_extent=out_size
+                taps,
+                input_extent=coarse(geometry.in_extent),
+                output_extent=geometry.out_extent,
             ).upper
         upper = max(upper, bound)
-    upper = add_up(upper, _entry_error(op, weights))
+    upper = add_up(upper, entry_error(op, weights))
     return enclosure(upper, lanczos_norm(region, weights), "torus")
 
 
-def _circular(
-    op: Conv, kernel: Tensor, in_size: tuple[int, ...], out_size: tuple[int, ...]
-) -> float:
-    """Exact on its own grid where the wrap is once around; else stride 1 times repeated outputs."""
-    full = [
+def _stride_one_extents(op: Conv) -> list[int]:
+    """Output positions per axis if the stride were one."""
+    return [
         n + low + high - d * (k - 1)
-        for n, (low, high), d, k in zip(in_size, op.padding, op.dilation, op.kernel, strict=True)
+        for n, (low, high), d, k in zip(
+            op.in_shape[1:], op.padding, op.dilation, op.kernel, strict=True
+        )
     ]
-    whole = all(f == n and n % s == 0 for f, n, s in zip(full, in_size, op.stride, strict=True))
-    stride = op.stride if whole else (1,) * len(in_size)
+
+
+def _whole(op: Conv) -> bool:
+    """Whether a circular convolution wraps around once, so that its own grid is exact."""
+    full, extent = _stride_one_extents(op), op.in_shape[1:]
+    return all(f == n and n % s == 0 for f, n, s in zip(full, extent, op.stride, strict=True))
+
+
+def _circular(op: Conv, kernel: Tensor) -> float:
+    """Exact on its own grid where the wrap is once around; else stride 1 times repeated outputs."""
+    full, extent = _stride_one_extents(op), op.in_shape[1:]
+    stride = op.stride if _whole(op) else (1,) * len(extent)
     taps, coarse = polyphase(kernel, stride=stride, padding=op.padding, dilation=op.dilation)
-    upper = circular_norm_upper(taps, extent=coarse(in_size)).upper
-    if whole:
+    upper = circular_norm_upper(taps, extent=coarse(extent)).upper
+    if _whole(op):
         return upper
-    repeats = math.prod(-(-max(f, 1) // n) for f, n in zip(full, in_size, strict=True))
-    del out_size
+    repeats = math.prod(-(-max(f, 1) // n) for f, n in zip(full, extent, strict=True))
     return mul_up(upper, sqrt_up(float(repeats)))
 
 
-def lanczos_norm(region: Region, weights: Weights, steps: int = 40) -> float:
-    """Estimate of the region's norm from below, for reporting the slack alone."""
+def lanczos_norm(
+    region: Region, weights: Weights, steps: int = 40, tolerance: float = 1e-9
+) -> float:
+    """Estimate of the region's norm from below: a guess to prove, or to report the slack."""
     shape = vector_shape(region)
+    # Images near one: their squares neither vanish nor overflow, whatever the weights' scale.
+    size = float(matvec(region, weights, torch.ones(shape, dtype=torch.float64)).abs().max())
+    known = 0.0 < size < math.inf
+    factor = math.ldexp(1.0, max(-1000, min(1000, -math.frexp(size)[1]))) if known else 1.0
 
     def gram(x: Tensor) -> Tensor:
-        image = matvec(region, weights, x.reshape(shape))
-        return rmatvec(region, weights, image).reshape(1, -1)
+        image = matvec(region, weights, x.reshape(shape)) * factor
+        return rmatvec(region, weights, image).reshape(1, -1) * factor
 
-    value, _ = top_eigenvalue(gram, 1, math.prod(shape), steps=steps, tolerance=1e-9)
-    return math.sqrt(max(0.0, float(value.reshape(-1)[0])))
+    value, _ = top_eigenvalue(gram, 1, math.prod(shape), steps=steps, tolerance=tolerance)
+    return math.sqrt(max(0.0, float(value.reshape(-1)[0]))) / factor
 
 
 def _composed(region: Region, weights: Weights, method: str) -> NormEnclosure:
@@ -415,4 +353,4 @@ def _part(op: Primitive, weights: Weights, method: str) -> float:
     if isinstance(op, Scale):
         return abs(op.gain) if op.ref is None else _diagonal(op, weights).upper
     region = Region(op.name, op.in_shape, op.out_shape, (RegionNode(op, (-1,)),))
-    return _region(region, weights, method).upper
+    return _region(region, weights, method, Allowance(0.0)).upper
