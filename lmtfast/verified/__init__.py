@@ -2,8 +2,10 @@
 """Verified norms: upper bounds in the sense of real numbers, every rounding error included.
 
 ``rounding`` holds outward arithmetic, ``residual`` the a-posteriori Cholesky inequality, ``matrix``
-dense and batched matrices, ``torus`` convolutions through their symbol, ``lanczos`` untrusted
-guesses, ``moment`` probabilistic bounds.
+dense and batched matrices, ``banded`` the same inequality along an image, whose blocks come from
+``convolution`` or ``composite``; ``torus`` convolutions through their symbol, ``weight_error`` what
+folding rounds, ``region`` the choice among them within a ``budget``; ``lanczos`` untrusted guesses,
+``moment`` probabilistic bounds.
 """
 
 from lmtfast.verified.matrix import NormEnclosure, complex_matrix_norm_upper, matrix_norm_upper
