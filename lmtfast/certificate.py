@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmtfast.certificate_file import decode, encode
+from lmtfast.certificate_file import OPTIONAL, decode, encode
 from lmtfast.errors import ArgumentError, CertificateError
 
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEMA = 1
 MAX_FILE_BYTES = 1 << 32
 ASSUMPTIONS = (
     "A1: IEEE 754 binary64 sums, products and quotients, round to nearest, gradual underflow; "
@@ -29,7 +28,10 @@ ASSUMPTIONS = (
     "A5: float64 elementwise functions are accurate to 4 units in the last place",
 )
 PARAMETRIZED = "weights derived by parametrizations are taken as float64 computes them"
-ARRAYS = ("label", "margin_lower", "prediction", "prediction_radius")
+ARRAYS = {
+    "label": np.int64, "logit_error": np.float64, "logits": np.float64, "margin_lower": np.float64,
+    "prediction": np.int64, "prediction_radius": np.float64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,14 @@ class Certificate:
         classes: Number of logits.
         input_shape, input_range: The declared inputs, in whose units radii are.
         weights_sha256: Hash of every parameter and buffer.
-        fingerprint: Hash of the plan and of every traced call, constants in code included.
+        fingerprint: What names the certified network: a hash of its program, its description and
+            its weights.
+        program_sha256: Hash of the plan and of every traced call, constants in code included.
+        network: The network as :mod:`lmtfast.check` reads it, canonical JSON. None in files of
+            schema 1, which no checker can judge; then ``fingerprint`` is the program's hash.
+        logits: Enclosed logits, ``(N, K)`` float64; 0 where they are not finite. None in schema 1.
+        logit_error: Bound on the distance of each of an input's logits from the exact one,
+            ``(N,)`` float64; infinite where nothing is known. None in schema 1.
         versions: Of the library, torch and numpy.
         semantics: ``"ideal"``: speaks of the exact real function, not of its execution in floats.
         norm: ``"l2"``.
@@ -99,11 +108,15 @@ class Certificate:
     assumptions: tuple[str, ...] = field(repr=False, default=ASSUMPTIONS)
     semantics: str = "ideal"
     norm: str = "l2"
+    program_sha256: str | None = field(repr=False, default=None)
+    network: str | None = field(repr=False, default=None)
+    logits: np.ndarray | None = field(repr=False, default=None)
+    logit_error: np.ndarray | None = field(repr=False, default=None)
 
     def __post_init__(self) -> None:
-        for name, kind in zip(ARRAYS, (np.int64, np.float64, np.int64, np.float64), strict=True):
+        for name, kind in ARRAYS.items():
             array = getattr(self, name)
-            if array is None and name == "label":
+            if array is None and name in OPTIONAL[1]:
                 continue
             fixed = np.array(array, dtype=kind)
             fixed.setflags(write=False)
@@ -190,10 +203,15 @@ class Certificate:
         return self.counts["constant"]
 
     @property
+    def schema(self) -> int:
+        """2 with a description of the network and logits, 1 without."""
+        return 1 if self.network is None else 2
+
+    @property
     def header(self) -> dict[str, Any]:
         """Everything but the arrays, as plain Python values."""
         names = [f.name for f in fields(self) if f.name not in ARRAYS]
-        return {"schema": SCHEMA, "counts": self.counts, **{n: getattr(self, n) for n in names}}
+        return {"schema": self.schema, "counts": self.counts, **{n: getattr(self, n) for n in names}}
 
     # -- files -------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 """The bytes of a certificate file: a zip of npy arrays (``.npz``) and one canonical JSON header.
 
 One certificate has exactly one byte string. The loader parses strictly, checks hashes and counts,
-and then compares the file with what the parsed certificate would be written as.
+and then compares the file with what the parsed certificate would be written as. Schema 2 adds the
+enclosed logits and the network's description, so that a checker can judge it; files of schema 1
+load as they always did.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import numpy as np
 if TYPE_CHECKING:
     from lmtfast.certificate import Certificate
 
-SCHEMA = 1
 HEADER = "header"
 DTYPES = {
-    "label": "<i8", "margin_lower": "<f8", "prediction": "<i8", "prediction_radius": "<f8",
+    "label": "<i8", "logit_error": "<f8", "logits": "<f8", "margin_lower": "<f8",
+    "prediction": "<i8", "prediction_radius": "<f8",
 }  # fmt: skip
+OPTIONAL = {1: {"label", "logit_error", "logits"}, 2: {"label"}}
 FLOATS = ("delta", "features", "slack", "total")
 STRINGS = (
     "fingerprint", "head_sha256", "level", "method", "norm", "requested_method", "semantics",
@@ -32,7 +35,19 @@ STRINGS = (
 )  # fmt: skip
 OTHERS = ("assumptions", "classes", "input_range", "input_shape", "operators", "versions")
 KEYS = {"arrays", "counts", "schema", *FLOATS, *STRINGS, *OTHERS}
+KEYS_OF = {1: KEYS, 2: {*KEYS, "network", "program_sha256", "seal"}}
 MAX_HEADER_BYTES = 1 << 26
+
+
+def canonical_json(item: Any) -> str:
+    """The one JSON text of a value: keys sorted, no spaces, ASCII."""
+    return json.dumps(item, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def fingerprint(program_sha256: str, network: str, weights_sha256: str) -> str:
+    """What names a certified network: its program, its description and its weights."""
+    identity = canonical_json([program_sha256, json.loads(network), weights_sha256])
+    return hashlib.sha256(identity.encode("ascii")).hexdigest()
 
 
 def encode(certificate: Certificate) -> bytes:
@@ -40,7 +55,7 @@ def encode(certificate: Certificate) -> bytes:
     arrays = {}
     for name in DTYPES:
         if (array := getattr(certificate, name)) is not None:
-            arrays[name] = _npy(array.astype(DTYPES[name]))
+            arrays[name] = _npy(array.astype(DTYPES[name]).reshape(-1))
     header: dict[str, Any] = {
         "arrays": {n: hashlib.sha256(b).hexdigest() for n, b in arrays.items()},
         "assumptions": list(certificate.assumptions),
@@ -49,12 +64,16 @@ def encode(certificate: Certificate) -> bytes:
         "input_range": [x.hex() for x in certificate.input_range],
         "input_shape": list(certificate.input_shape),
         "operators": [[n, m, x.hex()] for n, m, x in certificate.operators],
-        "schema": SCHEMA,
+        "schema": certificate.schema,
         "versions": dict(certificate.versions),
         **{k: getattr(certificate, k).hex() for k in FLOATS},
         **{k: getattr(certificate, k) for k in STRINGS},
     }
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    if certificate.network is not None:
+        header["network"] = json.loads(certificate.network)
+        header["program_sha256"] = certificate.program_sha256
+        header["seal"] = _sha256(canonical_json(header))
+    text = canonical_json(header)
     arrays[HEADER] = _npy(np.frombuffer(text.encode("ascii"), dtype=np.uint8))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -63,6 +82,10 @@ def encode(certificate: Certificate) -> bytes:
             info.create_system, info.external_attr = 3, 0o644 << 16
             archive.writestr(info, arrays[name])
     return buffer.getvalue()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -83,19 +106,21 @@ def decode(content: bytes) -> dict[str, Any]:
         text.decode("ascii"), object_pairs_hook=_unique, parse_float=_no_float,
         parse_constant=_no_float,
     )  # fmt: skip
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise ValueError(f"a schema other than {SCHEMA}")
-    if set(header) != KEYS:
-        raise ValueError(f"header keys {sorted(set(header) ^ KEYS)}")
+    schema = header.get("schema") if isinstance(header, dict) else None
+    if type(schema) is not int or schema not in KEYS_OF:
+        raise ValueError(f"a schema other than {sorted(KEYS_OF)}")
+    if set(header) != KEYS_OF[schema]:
+        raise ValueError(f"header keys {sorted(set(header) ^ KEYS_OF[schema])}")
     names = set(parts) - {HEADER}
     hashes = header["arrays"]
-    if set(hashes) != names or not set(DTYPES) - {"label"} <= names <= set(DTYPES):
+    if set(hashes) != names or not set(DTYPES) - OPTIONAL[schema] <= names <= set(DTYPES):
         raise ValueError(f"arrays {sorted(names)}")
     for name in names:
         if hashlib.sha256(parts[name]).hexdigest() != hashes[name]:
             raise ValueError(f"another hash of the array {name}")
     found: dict[str, Any] = {n: _array(parts[n], DTYPES[n]) for n in names}
-    found.setdefault("label", None)
+    for name in OPTIONAL[schema]:
+        found.setdefault(name, None)
     found.update({k: _float(header[k]) for k in FLOATS})
     found.update({k: _kind(header[k], str) for k in STRINGS})
     found["assumptions"] = tuple(_kind(a, str) for a in _kind(header["assumptions"], list))
@@ -106,8 +131,25 @@ def decode(content: bytes) -> dict[str, Any]:
         (_kind(n, str), _kind(m, str), _float(x)) for n, m, x in _kind(header["operators"], list)
     )
     found["versions"] = {k: _kind(v, str) for k, v in _kind(header["versions"], dict).items()}
+    found["network"] = found["program_sha256"] = None
+    if schema == 2:
+        _check_sealed(header)
+        found["network"] = canonical_json(_kind(header["network"], dict))
+        found["program_sha256"] = _kind(header["program_sha256"], str)
     _check(found)
+    if found["logits"] is not None:
+        found["logits"] = found["logits"].reshape(-1, found["classes"])
     return found
+
+
+def _check_sealed(header: Mapping[str, Any]) -> None:
+    """Refuse a header whose seal or fingerprint is not its own."""
+    rest = {k: v for k, v in header.items() if k != "seal"}
+    if header["seal"] != _sha256(canonical_json(rest)):
+        raise ValueError("another seal than the header's")
+    parts = (header["program_sha256"], canonical_json(header["network"]), header["weights_sha256"])
+    if header["fingerprint"] != fingerprint(*parts):
+        raise ValueError("another fingerprint than the network's")
 
 
 def _members(content: bytes) -> dict[str, bytes]:
@@ -170,7 +212,8 @@ def _check(found: Mapping[str, Any]) -> None:
     radius, margin, prediction = (
         found[k] for k in ("prediction_radius", "margin_lower", "prediction")
     )
-    arrays = [found[k] for k in DTYPES if found[k] is not None]
+    arrays = [found[k] for k in DTYPES if found[k] is not None and k != "logits"]
+    described = found["network"] is not None
     low, high = found["input_range"]
     rules = {
         "arrays of different lengths": len({len(a) for a in arrays}) == 1,
@@ -194,6 +237,13 @@ def _check(found: Mapping[str, Any]) -> None:
         "a hash": all(_is_hash(found[k]) for k in ("fingerprint", "weights_sha256")),
         "a hash of the head": found["head_sha256"] == "none" or _is_hash(found["head_sha256"]),
     }
+    if described != (found["logits"] is not None) or described != (found["logit_error"] is not None):
+        rules["logits without a network, or a network without logits"] = False
+    elif described:
+        rules["logits of another number"] = len(found["logits"]) == len(radius) * found["classes"]
+        rules["logits or errors that are NaN"] = not bool(
+            np.isnan(found["logits"]).any() or not (found["logit_error"] >= 0).all()
+        )
     if found["label"] is not None:
         label = found["label"]
         inside = bool(((label >= 0) & (label < found["classes"])).all())

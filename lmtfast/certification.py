@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.bound import LipschitzBound
+from lmtfast.composing import compose_up
 from lmtfast.certificate import ASSUMPTIONS, PARAMETRIZED, Certificate
 from lmtfast.errors import NotCertifiedError, StalePlanError
 from lmtfast.graph import Derived
@@ -20,11 +22,15 @@ from lmtfast.radius import PairTable, canonical_up, radius_lower
 from lmtfast.samples import Samples, check_input_range
 from lmtfast.subject import Subject, prepare, weights_sha256
 from lmtfast.verified.budget import Budget
+from lmtfast.verified.rounding import mul_up
 from lmtfast.weights import named_tensors
 
 # Enclosures computed elsewhere have other roundings, each within its own error of the truth. With
 # three times the error here, theirs with one still reaches the certified margin.
 ERROR_FACTOR = 3.0
+# Radii are computed for a constant this much above the stated one: a checker that rounds outward in
+# its own way then finds every radius below what the stated constant allows (heads up to 2^20 wide).
+SCALE_MARGIN = 1.0 + 2.0**-30
 
 Progress = Callable[[int, "int | None"], None]
 
@@ -104,12 +110,16 @@ def certify(
         model, input_shape, low_high, level=level, delta=delta, method=method, budget=budget
     )
     bound = subject.bound
+    operators = tuple((n, m, canonical_up(x)) for n, m, x in operator_rows(bound))
+    # Composed from the norms as stated, so that they follow from the certificate alone.
+    graph = subject.plan.graph
+    values = compose_up(graph.tape, [x for _, _, x in operators])
     scales: dict[str, Any] = {
-        k: canonical_up(float(getattr(bound, k))) for k in ("features", "total")
+        k: canonical_up(values[getattr(graph, k)]) for k in ("features", "total")
     }
     samples = Samples(data, subject.plan.graph.input_shape, low_high, subject.classes)
     scale = scales["features" if bound.head_weight is not None else "total"]
-    columns = sample_radii(subject, samples, scale, ERROR_FACTOR, progress)
+    columns = sample_radii(subject, samples, mul_up(scale, SCALE_MARGIN), ERROR_FACTOR, progress)
     if weights_sha256(named_tensors(model)) != subject.weights_sha256:
         raise StalePlanError(
             "weights that stay as they are", "other weights after certifying than before",
@@ -121,7 +131,7 @@ def certify(
         delta=bound.delta,
         method=bound.method,
         requested_method=method,
-        operators=tuple((n, m, canonical_up(x)) for n, m, x in operator_rows(bound)),
+        operators=operators,
         slack=float(bound.slack),
         **scales,
         head_sha256=head_sha256(bound),
@@ -132,6 +142,8 @@ def certify(
         fingerprint=subject.fingerprint,
         versions=_versions(),
         assumptions=assumptions(subject),
+        program_sha256=subject.program_sha256,
+        network=subject.description.text,
     )
 
 
@@ -142,24 +154,26 @@ def sample_radii(
     error_factor: float,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Prediction, radius, margin and label of every sample."""
+    """Prediction, radius, margin, logits and label of every sample."""
     pairs = PairTable(subject.bound)
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    rows: list[tuple[Tensor, ...]] = []
     labels: list[Tensor] = []
     done = 0
     for x, y in samples.chunks(subject.chunk):
         value, error = subject.enclosure(x.to(subject.device))
-        rows.append(
-            radius_lower(value, error_factor * error, subject.bound, scale=scale, pairs=pairs)
-        )
+        value, largest = _stated(value.cpu(), error_factor * error.cpu())
+        errors = largest[:, None].expand_as(value)
+        found = radius_lower(value, errors, subject.bound, scale=scale, pairs=pairs)
+        stored = value.masked_fill(largest.isinf()[:, None], 0.0)
+        rows.append((*found, stored, largest))
         if y is not None:
             labels.append(y)
         done += len(x)
         if progress is not None:
             progress(done, samples.total)
     empty = torch.zeros(0, dtype=torch.float64)
-    prediction, radius, margin = (
-        torch.cat([r[i] for r in rows]) if rows else empty for i in range(3)
+    prediction, radius, margin, logits, error = (
+        torch.cat([r[i] for r in rows]) if rows else empty for i in range(5)
     )
     label = torch.cat(labels) if labels else empty
     return {
@@ -167,7 +181,15 @@ def sample_radii(
         "prediction_radius": radius.numpy(),
         "margin_lower": margin.numpy(),
         "label": label.to(torch.int64).numpy() if samples.labelled else None,
+        "logits": logits.reshape(-1, subject.classes).numpy(),
+        "logit_error": error.numpy(),
     }
+
+
+def _stated(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and one error per input; infinite where an entry is not known."""
+    known = (value.isfinite() & error.isfinite() & (error >= 0)).all(1)
+    return value, error.amax(1).masked_fill(~known, math.inf)
 
 
 def assumptions(subject: Subject) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.bound import LipschitzBound
+from lmtfast.certificate_file import fingerprint
+from lmtfast.description import NetworkDescription, describe
 from lmtfast.enclosure import LogitEnclosure
 from lmtfast.errors import NotCertifiedError, ShapeError
 from lmtfast.exporting import ASSERTIONS
@@ -39,6 +41,8 @@ class Subject:
 
     plan: BoundPlan
     fingerprint: str
+    program_sha256: str
+    description: NetworkDescription
     bound: LipschitzBound
     enclosure: LogitEnclosure
     weights_sha256: str
@@ -85,8 +89,11 @@ def prepare(
     )  # fmt: skip
     norms = {n: float(v) for n, v in bound.per_operator.items()}
     enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)
-    fingerprint = program_sha256(plan, traced)
-    return Subject(plan, fingerprint, bound, enclosure, digest, device, _chunk(traced), output[0])
+    program, description = program_sha256(plan, traced), describe(plan.graph, tensors)
+    return Subject(
+        plan, fingerprint(program, description.text, digest), program, description, bound,
+        enclosure, digest, device, _chunk(traced), output[0],
+    )  # fmt: skip
 
 
 def compare(model: nn.Module, traced: TracedModel, input_range: tuple[float, float]) -> None:

@@ -53,7 +53,9 @@ def verify_certificate(certificate: Certificate, model: nn.Module, data: Any = N
         proofs={name: method for name, method, _ in certificate.operators},
     )  # fmt: skip
     findings: list[str] = []
-    if subject.fingerprint != certificate.fingerprint:
+    described = certificate.network is not None
+    own = subject.fingerprint if described else subject.program_sha256
+    if own != certificate.fingerprint:
         findings.append("the traced network is not the certified one (another fingerprint)")
     if subject.classes != certificate.classes:
         return [*findings, f"{subject.classes} classes in place of {certificate.classes}"]
@@ -100,6 +102,11 @@ def _sample_findings(certificate: Certificate, fresh: dict[str, Any]) -> list[st
         "radii are larger than recomputed": ~(certificate.prediction_radius <= radius),
         "margins are larger than recomputed": ~(certificate.margin_lower <= margin),
     }
+    if certificate.logits is not None and certificate.logit_error is not None:
+        known = np.isfinite(certificate.logit_error)
+        away = np.abs(certificate.logits - fresh["logits"]).max(1, initial=0.0)
+        inside = away + fresh["logit_error"] <= certificate.logit_error
+        wrong["enclosures of logits do not hold the recomputed ones"] = known & ~inside
     label = fresh["label"]
     if label is None and certificate.label is not None:
         findings.append("labels that the data given here does not have")

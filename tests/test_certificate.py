@@ -54,6 +54,10 @@ def saved(certificate: Certificate, tmp_path: Path) -> Path:
     return certificate.save(tmp_path / "certificate.npz")
 
 
+# What files of schema 1 do not have.
+UNDESCRIBED: dict[str, Any] = dict.fromkeys(("logit_error", "logits", "network", "program_sha256"))
+
+
 def with_radii(certificate: Certificate, radii: list[float], right: list[bool]) -> Certificate:
     count = len(radii)
     return dataclasses.replace(
@@ -62,6 +66,7 @@ def with_radii(certificate: Certificate, radii: list[float], right: list[bool]) 
         prediction_radius=np.array(radii),
         margin_lower=np.ones(count),
         label=np.array([0 if r else 1 for r in right]),
+        **UNDESCRIBED,
     )
 
 
@@ -239,14 +244,15 @@ def edit_text(path: Path, change: Callable[[str], str]) -> None:
 
 
 TEXTS = {
-    "duplicate key": lambda t: t.replace('"schema":1', '"schema":1,"schema":1'),
-    "unknown schema": lambda t: t.replace('"schema":1', '"schema":2'),
-    "schema as text": lambda t: t.replace('"schema":1', '"schema":"1"'),
-    "schema true": lambda t: t.replace('"schema":1', '"schema":true'),
+    "duplicate key": lambda t: t.replace('"schema":2', '"schema":2,"schema":2'),
+    "unknown schema": lambda t: t.replace('"schema":2', '"schema":3'),
+    "schema as text": lambda t: t.replace('"schema":2', '"schema":"2"'),
+    "schema true": lambda t: t.replace('"schema":2', '"schema":true'),
     "NaN literal": lambda t: t.replace('"classes":3', '"classes":NaN'),
     "huge number": lambda t: t.replace('"classes":3', '"classes":1e400'),
-    "other spacing": lambda t: t.replace('"schema":1', '"schema": 1'),
-    "unknown key": lambda t: t.replace('"schema":1', '"schema":1,"zeta":0'),
+    "another schema's keys": lambda t: t.replace('"schema":2', '"schema":1'),
+    "other spacing": lambda t: t.replace('"schema":2', '"schema": 2'),
+    "unknown key": lambda t: t.replace('"schema":2', '"schema":2,"zeta":0'),
     "missing key": lambda t: t.replace('"norm":"l2",', ""),
     "level estimate": lambda t: t.replace('"level":"rigorous"', '"level":"estimate"'),
     "level probabilistic": lambda t: t.replace('"level":"rigorous"', '"level":"probabilistic"'),
