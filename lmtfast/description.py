@@ -26,7 +26,6 @@ from lmtfast.graph import (
     BatchNormScale,
     BoundGraph,
     ChannelScale,
-    ConstantRef,
     Conv,
     Copy,
     Derived,
@@ -45,8 +44,7 @@ from lmtfast.graph import (
 from lmtfast.rules.copying import execute
 from lmtfast.weights import Weights
 
-# Larger constants are arrays beside the parameters; larger copies have no description.
-MAX_VALUES = 64
+# Copies of more pieces have no description.
 MAX_RUNS = 1 << 14
 Json = dict[str, Any]
 
@@ -92,15 +90,10 @@ class _Writer:
             weight = None if ref.weight is None else self.ref(ref.weight)
             return {"eps": ref.eps.hex(), "variance": self.ref(ref.variance), "weight": weight}
         value = self.weights[ref].detach().double().cpu().numpy()
-        if isinstance(ref, ConstantRef) and value.size <= MAX_VALUES:
-            values = [float(v).hex() for v in value.reshape(-1)]
-            return {"shape": list(value.shape), "values": values}
         if ref not in self._names:
             kind = "derived" if isinstance(ref, Derived) else "constant"
             count = sum(n.startswith(f"{kind}/") for n in self._names.values())
-            named = isinstance(ref, ParameterRef)
             self._names[ref] = ref.name if isinstance(ref, ParameterRef) else f"{kind}/{count}"
-            assert named or kind in self._names[ref]
         self.arrays[self._names[ref]] = np.ascontiguousarray(value, dtype="<f8")
         return {"array": self._names[ref]}
 
