@@ -211,7 +211,11 @@ class Certificate:
     def header(self) -> dict[str, Any]:
         """Everything but the arrays, as plain Python values."""
         names = [f.name for f in fields(self) if f.name not in ARRAYS]
-        return {"schema": self.schema, "counts": self.counts, **{n: getattr(self, n) for n in names}}
+        return {
+            "schema": self.schema,
+            "counts": self.counts,
+            **{n: getattr(self, n) for n in names},
+        }
 
     # -- files -------------------------------------------------------------------------------------
 

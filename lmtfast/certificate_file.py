@@ -237,7 +237,9 @@ def _check(found: Mapping[str, Any]) -> None:
         "a hash": all(_is_hash(found[k]) for k in ("fingerprint", "weights_sha256")),
         "a hash of the head": found["head_sha256"] == "none" or _is_hash(found["head_sha256"]),
     }
-    if described != (found["logits"] is not None) or described != (found["logit_error"] is not None):
+    if described != (found["logits"] is not None) or described != (
+        found["logit_error"] is not None
+    ):
         rules["logits without a network, or a network without logits"] = False
     elif described:
         rules["logits of another number"] = len(found["logits"]) == len(radius) * found["classes"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.bound import LipschitzBound
-from lmtfast.composing import compose_up
 from lmtfast.certificate import ASSUMPTIONS, PARAMETRIZED, Certificate
+from lmtfast.composing import compose_up
 from lmtfast.errors import NotCertifiedError, StalePlanError
 from lmtfast.graph import Derived
 from lmtfast.guarantee import DELTA, check_level

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lmtfast.graph import (
     Average,
     BatchNormScale,
     BoundGraph,
+    Call,
     ChannelScale,
     Conv,
     Copy,
@@ -105,8 +106,13 @@ class _Writer:
     def operator(self, operator: Operator) -> Json:
         if isinstance(operator, Slope):
             return {"name": operator.name, "slope": self.ref(operator.ref)}
+        alone = operator.primitive
+        if isinstance(alone, Copy):
+            return {"copies": alone.copies, "name": operator.name}
+        if isinstance(alone, Conv) and alone.transposed:
+            operator = adjoint_region(operator, alone)
         try:
-            nodes = [self.node(n) for n in operator.nodes]
+            nodes = [self.node(node, centre) for node, centre in padded_nodes(operator)]
         except _Unknown as unknown:
             return {"name": operator.name, "opaque": str(unknown)}
         return {
@@ -114,7 +120,9 @@ class _Writer:
             "out": list(operator.out_shape),
         }  # fmt: skip
 
-    def node(self, node: RegionNode) -> Json:
+    def node(self, node: RegionNode, centre: tuple[int, ...]) -> Json:
+        if isinstance(node.op, Conv):
+            return {"centre": list(centre), "inputs": list(node.inputs), **self.primitive(node.op)}
         if isinstance(node.op, Primitive):
             return {"inputs": list(node.inputs), **self.primitive(node.op)}
         axis = {"axis": node.axis} if node.op == "concat" else {}
@@ -129,11 +137,12 @@ class _Writer:
                 "weight": self.ref(op.weight),
             }  # fmt: skip
         if isinstance(op, Conv):
+            if op.transposed:
+                raise _Unknown(f"{op.name!r}, a transposed convolution inside a composite")
             return found | {
-                "circular": op.padding_mode == "circular", "dilation": list(op.dilation),
-                "groups": op.groups, "kernel": list(op.kernel), "op": "conv",
-                "padding": [list(p) for p in op.padding], "stride": list(op.stride),
-                "transposed": op.transposed,
+                "dilation": list(op.dilation), "groups": op.groups,
+                "kernel": list(op.kernel), "op": "conv", "padding": [list(p) for p in op.padding],
+                "stride": list(op.stride),
             }  # fmt: skip
         if isinstance(op, Linear):
             return found | {"op": "linear"}
@@ -147,6 +156,43 @@ class _Writer:
             return found | {"op": "copy", "runs": copy_runs(op)}
         assert isinstance(op, Average)
         return found | {"gain": op.gain.hex(), "op": "average", "windows": average_windows(op)}
+
+
+def adjoint_region(region: Region, op: Conv) -> Region:
+    """The convolution that a transposed one is the adjoint of: its norm is the same."""
+    forward = replace(
+        op, in_shape=op.out_shape, out_shape=op.in_shape, transposed=False, output_padding=(),
+        row_scales=op.column_scales, column_scales=op.row_scales,
+    )  # fmt: skip
+    nodes = (RegionNode(forward, (-1,)),)
+    return Region(region.name, region.out_shape, region.in_shape, nodes)
+
+
+def padded_nodes(region: Region) -> list[tuple[RegionNode, tuple[int, ...]]]:
+    """A region's nodes, circular borders as calls of their own in front of their convolutions.
+
+    Beside every node stands the tap of a kernel that the identity joins.
+    """
+    nodes: list[tuple[RegionNode, tuple[int, ...]]] = []
+    places = {-1: -1}
+    for i, node in enumerate(region.nodes):
+        op, inputs, centre = node.op, tuple(places[k] for k in node.inputs), ()
+        if isinstance(op, Conv):
+            lows = (low for low, _ in op.padding)
+            centre = tuple(low // d for low, d in zip(lows, op.dilation, strict=True))
+        if isinstance(op, Conv) and op.padding_mode == "circular":
+            flat = tuple(p for pair in reversed(op.padding) for p in pair)
+            extents = zip(op.in_shape[1:], op.padding, strict=True)
+            shape = (op.in_shape[0], *(n + low + high for n, (low, high) in extents))
+            call = Call("aten.pad.default", (INPUT, flat, "circular", None))
+            border = Copy(op.name, op.in_shape, shape, call, 0, False, False)
+            nodes.append((RegionNode(border, inputs), ()))
+            none = ((0, 0),) * len(op.padding)
+            op = replace(op, in_shape=shape, padding=none, padding_mode="zeros")
+            inputs = (len(nodes) - 1,)
+        nodes.append((replace(node, op=op, inputs=inputs), centre))
+        places[i] = len(nodes) - 1
+    return nodes
 
 
 def copy_runs(op: Copy) -> list[list[int]]:
