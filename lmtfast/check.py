@@ -38,7 +38,7 @@ GAP = 2.0**-26  # g = c^2 (1 - GAP); stored norms hold at least twice that
 TINY = 2.0**-200  # above all that underflow adds to numbers scaled to one
 CHUNK, LINE = 512, 256  # inner indices summed at once; least order of a block
 OPERATIONS, ENTRIES = 2.0**43, 2**26  # most that one proof may take, and a composite may have
-Array = np.ndarray
+Array = Any  # np.ndarray
 Rows = tuple[list[int], list[tuple[int, int]], Callable[[int], Array]]  # orders, columns, blocks
 
 
@@ -52,7 +52,6 @@ class Finding(Exception):
 
 
 def need(holds: Any, expected: str, got: Any, where: str, kind: str = "file") -> None:
-    """Raise a finding unless something holds."""
     if not holds:
         raise Finding(kind, expected, str(got)[:200], where)
 
@@ -233,7 +232,9 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
 
 def length(a: Array) -> float:
     """Bound on the Frobenius norm."""
-    return math.sqrt(float(np.sum(a * a))) * (1.0 + (a.size + 8) * UNIT)
+    exponent = math.frexp(float(np.abs(a).max(initial=0.0)))[1]
+    root = math.sqrt(float(np.sum(np.square(np.ldexp(a, -exponent)))))
+    return math.ldexp(root * (1.0 + (a.size + 8) * UNIT), exponent)
 
 
 def gamma(count: float) -> float:
@@ -299,8 +300,7 @@ def prove(rows: Rows, c: float, where: str, lost: float) -> None:
 
 
 def dense(t: Array) -> Rows:
-    """A matrix as one block, by its shorter side."""
-    t = t if len(t) <= t.shape[1] else t.T
+    t = t if len(t) <= t.shape[1] else t.T  # by its shorter side
     return [len(t)], [(0, t.shape[1])], lambda i: t
 
 
@@ -370,7 +370,7 @@ def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
 
 def compose(tape: Any, norms: list[float]) -> list[float]:
     """Value of every instruction of the tape, rounded up."""
-    steps = {"add": float.__add__, "hypot": math.hypot, "max": max, "mul": float.__mul__}
+    steps: Any = {"add": float.__add__, "hypot": math.hypot, "max": max, "mul": float.__mul__}
     values: list[float] = []
     for op, *args in tape:
         if op == "constant":
@@ -396,7 +396,7 @@ def distances(head: Array, error: Array, c: int) -> Array:
     return np.asarray(found * (1 + 2.0**-50))
 
 
-def check_samples(header: Any, arrays: dict[str, Array], scale: float, away: Any) -> None:
+def check_samples(header: Any, arrays: Any, scale: float, away: Any) -> None:
     """Judge every prediction, margin and radius from the stored logits."""
     label, error, logits, margin, c, radius = (arrays.get(n) for n in ARRAYS)
     n, k, label = len(radius), header["classes"], c if label is None else label

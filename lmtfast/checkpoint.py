@@ -214,6 +214,22 @@ def load_checkpoint(path: str | Path, *, allow_previous: bool = False) -> Checkp
     raise AssertionError("unreachable: the loop returns or raises")
 
 
+def newest_checkpoint(path: str | Path) -> Path:
+    """The file itself, or the newest checkpoint file of a directory.
+
+    Raises:
+        ConfigError: A directory without a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (files := _checkpoint_files(path)):
+        raise ConfigError(
+            "a directory with epoch-NNNNNN.safetensors", "none", str(path), "check the path"
+        )
+    return files[-1][1]
+
+
 def has_checkpoint(directory: str | Path) -> bool:
     """Whether a directory holds a checkpoint."""
     return Path(directory).is_dir() and bool(_checkpoint_files(Path(directory)))

@@ -190,6 +190,9 @@ def certify(
         typer.Option("--radius", help="L2 radius to report, in input units; may be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N test inputs.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Also write the arrays that `check` reads to this file.")
+    ] = None,
     import_model: ImportModel = False,
     allow_previous: Annotated[
         bool,
@@ -212,6 +215,7 @@ def certify(
     """
     from lmtfast.certification import certify as run_certify
     from lmtfast.checkpoint import load_checkpoint
+    from lmtfast.description import save_weights
     from lmtfast.tables import certificate_table
     from lmtfast.verified.budget import Budget
 
@@ -232,6 +236,8 @@ def certify(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     certificate.save(out)
+    if weights is not None:
+        save_weights(model, weights, input_shape=saved.input_shape)
     radii = tuple(radius) if radius else saved.config.certify_radii
     console.print(certificate_table({saved.config.method: certificate}, radii, title=dataset.name))
     if plot is not None:
@@ -276,6 +282,26 @@ def verify(
         console.print(f"[red]not verified[/red]: {error}", soft_wrap=True)
         raise typer.Exit(EXIT_VERIFICATION_FAILED) from None
     console.print(f"[green]verified[/green]: {certificate}, {len(loaded.radius)} inputs")
+
+
+@app.command()
+def check(
+    certificate: Annotated[Path, typer.Argument(help="Certificate file.")],
+    weights: Annotated[
+        Path, typer.Argument(help="Checkpoint, or the file that `certify --weights` wrote.")
+    ],
+) -> None:
+    """Check a certificate against its weights by other code, which knows no torch.
+
+    Proves every norm again and judges every radius again. Exit code 1 if anything is not confirmed.
+    `python -m lmtfast.check` does the same without the rest of the library.
+
+    Example: `lmtfast check mnist-certificate.npz runs/mnist`
+    """
+    from lmtfast.check import main as run_check
+    from lmtfast.checkpoint import newest_checkpoint
+
+    raise typer.Exit(run_check([str(certificate), str(newest_checkpoint(weights))]))
 
 
 @app.command()

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmtfast.certificate_file import canonical_json
 from lmtfast.graph import (
@@ -43,7 +43,8 @@ from lmtfast.graph import (
     WeightRef,
 )  # fmt: skip
 from lmtfast.rules.copying import execute
-from lmtfast.weights import Weights
+from lmtfast.tracing import trace_model
+from lmtfast.weights import Weights, named_tensors
 
 # Copies of more pieces have no description.
 MAX_RUNS = 1 << 14
@@ -70,7 +71,8 @@ class NetworkDescription:
     def save(self, path: str | Path) -> Path:
         """Write the arrays as an ``.npz`` file for ``python -m lmtfast.check``."""
         with open(path, "wb") as file:
-            np.savez(file, **{name: self.arrays[name] for name in sorted(self.arrays)})
+            arrays: Any = {name: self.arrays[name] for name in sorted(self.arrays)}
+            np.savez(file, **arrays)
         return Path(path)
 
 
@@ -176,7 +178,8 @@ def padded_nodes(region: Region) -> list[tuple[RegionNode, tuple[int, ...]]]:
     nodes: list[tuple[RegionNode, tuple[int, ...]]] = []
     places = {-1: -1}
     for i, node in enumerate(region.nodes):
-        op, inputs, centre = node.op, tuple(places[k] for k in node.inputs), ()
+        op, inputs = node.op, tuple(places[k] for k in node.inputs)
+        centre: tuple[int, ...] = ()
         if isinstance(op, Conv):
             lows = (low for low, _ in op.padding)
             centre = tuple(low // d for low, d in zip(lows, op.dilation, strict=True))
@@ -235,8 +238,7 @@ def _windows(op: Average) -> list[list[list[int]]]:
     assert op.call.args[0] == INPUT
     whole = [[[i, i + 1, 1] for i in range(n)] for n in shape]
     if kind in ("mean", "sum"):
-        dims = range(1, len(shape) + 1) if args[0] is None else args[0]
-        axes = {int(d) % (len(shape) + 1) - 1 for d in (dims if dims != () else whole)}
+        axes = {int(d) % (len(shape) + 1) - 1 for d in args[0]}
         divisor = [n if kind == "mean" else 1 for n in shape]
         return [[[0, n, divisor[a]]] if a in axes else whole[a] for a, n in enumerate(shape)]
     axes_count = int(kind[-2])
@@ -247,7 +249,8 @@ def _windows(op: Average) -> list[list[list[int]]]:
             ends = [(o * n // m, -(-(o + 1) * n // m)) for o in range(m)]
             rows.append([[a, b, b - a] for a, b in ends])
         return rows
-    kernel, stride, padding, _, include, override = (*args, *_POOL_DEFAULTS[len(args) :])
+    given: list[Any] = [*args, *_POOL_DEFAULTS[len(args) :]]
+    kernel, stride, padding, _, include, override = given
     for a, (n, m) in enumerate(zip(spatial, op.out_shape[-axes_count:], strict=True)):
         k, s, p = _at(kernel, a), _at(stride or kernel, a), _at(padding, a)
         found = []
@@ -298,3 +301,27 @@ def describe(graph: BoundGraph, tensors: Mapping[str, Tensor]) -> NetworkDescrip
         }
     )  # fmt: skip
     return NetworkDescription(text, writer.arrays)
+
+
+def save_weights(model: nn.Module, path: str | Path, *, input_shape: Sequence[int]) -> Path:
+    """Write the arrays that :mod:`lmtfast.check` reads beside a certificate, as ``.npz``.
+
+    Args:
+        model: The certified network, in eval mode.
+        path: File to write.
+        input_shape: Shape of one input, as for :func:`lmtfast.certify`.
+
+    Returns:
+        The path. A checkpoint serves as well, unless the network computes weights from parameters
+        (parametrizations) or reads tensors written into its code.
+
+    Raises:
+        UnsupportedLayerError: A part has no Lipschitz rule.
+
+    Example:
+        >>> import torch
+        >>> save_weights(torch.nn.Linear(2, 2).eval(), "w.npz", input_shape=(2,))  # doctest: +SKIP
+        PosixPath('w.npz')
+    """
+    graph = trace_model(model, input_shape).graph
+    return describe(graph, named_tensors(model)).save(path)

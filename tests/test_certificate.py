@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ from torch import nn
 import lmtfast as lf
 from lmtfast import verification
 from lmtfast.certificate import Certificate, load_certificate, write_atomically
-from lmtfast.certificate_file import encode
+from lmtfast.certificate_file import canonical_json, encode
 from lmtfast.errors import ArgumentError, CertificateError, LmtfastError
 from lmtfast.verification import verify_certificate
 
@@ -233,11 +234,22 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def resealed(text: str) -> str:
+    """The text with the seal of what it says, so that something else must betray it."""
+    try:
+        header = json.loads(text)
+        old = header.pop("seal")
+    except (ValueError, TypeError, RecursionError):
+        return text
+    return text.replace(old, hashlib.sha256(canonical_json(header).encode()).hexdigest())
+
+
 def edit_text(path: Path, change: Callable[[str], str]) -> None:
     def edit(parts: dict[str, bytes]) -> None:
         text = bytes(np.load(io.BytesIO(parts["header.npy"]))).decode()
         changed = change(text)
         assert changed != text
+        changed = resealed(changed)
         parts["header.npy"] = npy(np.frombuffer(changed.encode(), np.uint8))
 
     rewrite(path, edit)

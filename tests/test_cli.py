@@ -185,6 +185,19 @@ def test_certify_writes_what_verify_confirms(workspace, certificate, capsys):
     assert "verified" in capsys.readouterr().out
 
 
+def test_check_confirms_it_from_the_checkpoint_alone(workspace, certificate, tmp_path, capsys):
+    capsys.readouterr()
+    assert run("check", certificate, workspace / "run") == 0
+    assert "accepted" in capsys.readouterr().out
+    words = ["certify", workspace / "run", "--data", workspace / "set.npz", "--limit", 3]
+    few, weights = tmp_path / "few.npz", tmp_path / "weights.npz"
+    assert run(*words, "--out", few, "--weights", weights) == 0
+    assert run("check", few, weights) == 0
+    assert run("check", certificate, weights) == 0
+    assert run("check", weights, weights) == 1
+    assert run("check", certificate, tmp_path) == 2
+
+
 def test_certify_prints_the_radii_asked_for(workspace, tmp_path, capsys):
     words = ["certify", workspace / "run", "--data", workspace / "set.npz", "--limit", 5]
     assert run(*words, "--radius", 0.07, "--out", tmp_path / "few.npz") == 0

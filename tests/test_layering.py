@@ -17,6 +17,8 @@ import lmtfast
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lmtfast"
 MAX_LINES = 450
+# One file by decision (ADR 0017), so that it can be read and copied alone.
+LONGEST = {PACKAGE / "check.py": 500}
 
 # Imports point to the same or a lower layer, and never in a circle. The longest matching prefix
 # counts, so a new file inside a package needs no line here.
@@ -235,7 +237,7 @@ def test_the_core_includes_no_framework(path: Path) -> None:
 @pytest.mark.parametrize("path", named([*PYTHON, *NATIVE]))
 def test_files_are_short(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES, f"{lines} lines; split the file by noun"
+    assert lines <= LONGEST.get(path, MAX_LINES), f"{lines} lines; split the file by noun"
 
 
 def test_file_names_are_nouns_of_their_own() -> None:
