@@ -255,17 +255,11 @@ def edit_text(path: Path, change: Callable[[str], str]) -> None:
     rewrite(path, edit)
 
 
+# What makes a header ambiguous is in test_check.py, for both readers.
 TEXTS = {
-    "duplicate key": lambda t: t.replace('"schema":2', '"schema":2,"schema":2'),
     "unknown schema": lambda t: t.replace('"schema":2', '"schema":3'),
     "schema as text": lambda t: t.replace('"schema":2', '"schema":"2"'),
-    "schema true": lambda t: t.replace('"schema":2', '"schema":true'),
-    "NaN literal": lambda t: t.replace('"classes":3', '"classes":NaN'),
-    "huge number": lambda t: t.replace('"classes":3', '"classes":1e400'),
     "another schema's keys": lambda t: t.replace('"schema":2', '"schema":1'),
-    "other spacing": lambda t: t.replace('"schema":2', '"schema": 2'),
-    "unknown key": lambda t: t.replace('"schema":2', '"schema":2,"zeta":0'),
-    "missing key": lambda t: t.replace('"norm":"l2",', ""),
     "level estimate": lambda t: t.replace('"level":"rigorous"', '"level":"estimate"'),
     "level probabilistic": lambda t: t.replace('"level":"rigorous"', '"level":"probabilistic"'),
     "semantics": lambda t: t.replace('"semantics":"ideal"', '"semantics":"executed"'),
@@ -280,10 +274,6 @@ TEXTS = {
     "decimal float": lambda t: t.replace('["0x0.0p+0"', '["0.0"'),
     "shape": lambda t: t.replace('"input_shape":[4]', '"input_shape":[]'),
     "negative shape": lambda t: t.replace('"input_shape":[4]', '"input_shape":[-4]'),
-    "deep nesting": lambda t: "[" * 100_000 + t,
-    "a list": lambda t: f"[{t}]",
-    "escape": lambda t: t.replace('"level"', '"\\u006cevel"'),
-    "trailing text": lambda t: t + " ",
 }
 
 
