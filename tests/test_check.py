@@ -135,6 +135,21 @@ def test_what_the_library_writes_is_accepted(name: str, tmp_path: Path) -> None:
         assert [f.where for f in check.check(grown, weights)] == ["radii"]
 
 
+def test_no_inputs_and_no_labels(tmp_path: Path) -> None:
+    model, shape = nets()["dense"]
+    _, path, weights, model, _ = made(model, shape, tmp_path, 0)
+    assert [str(f) for f in check.check(path, weights)] == []
+    bare = lf.certify(model, torch.rand(3, 4), input_shape=shape, input_range=(0, 1))
+    assert check.check(bare.save(tmp_path / "bare.npz"), weights) == []
+    # An input whose logits are unknown may claim nothing, and then is no obstacle.
+    blank = {"logits": np.zeros((3, 3)), "logit_error": np.full(3, math.inf)}
+    nothing = dict.fromkeys(("prediction_radius", "margin_lower"), np.zeros(3))
+    unknown = dataclasses.replace(bare, **blank, **nothing)
+    assert check.check(unknown.save(tmp_path / "unknown.npz"), weights) == []
+    claiming = dataclasses.replace(bare, **blank)
+    assert check.check(claiming.save(tmp_path / "claiming.npz"), weights) != []
+
+
 def test_norms_below_the_truth_are_refused_by_one_part_in_ten_million(tmp_path: Path) -> None:
     for name in ("several blocks", "transposed", "residual"):
         model, shape = nets()[name]
