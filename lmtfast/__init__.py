@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AttackReport": "attack_report",
     "BoundPlan": "plan",
     "Budget": "verified.budget",
     "Certificate": "certificate",
     "LipschitzBound": "bound",
     "NetworkBound": "estimation",
+    "attack": "attacking",
     "available_backends": "backends",
     "certified_bound": "guarantee",
     "certify": "certification",
@@ -44,6 +46,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from lmtfast.attack_report import AttackReport as AttackReport
+    from lmtfast.attacking import attack as attack
     from lmtfast.backends import available_backends as available_backends
     from lmtfast.backends import register_backend as register_backend
     from lmtfast.bound import LipschitzBound as LipschitzBound

@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lmtfast.errors import ArgumentError, CertificateError, ConfigError
+from lmtfast.errors import ArgumentError, CertificateError, ConfigError, ViolationError
+from lmtfast.progress import attack_progress, bound_progress, console, training_progress
 
 if TYPE_CHECKING:
+    from lmtfast.attack_report import AttackReport
     from lmtfast.data import Dataset
 
 EXIT_VERIFICATION_FAILED = 1
@@ -30,14 +28,6 @@ app = typer.Typer(
     help="Train networks with a Lipschitz margin, bound them, certify them. "
     "Begin with `lmtfast demo`. Exit codes: 0 done, 1 a verification failed, 2 wrong usage "
     "or no way to go on.",
-)
-console = Console()
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeRemainingColumn(),
-    TextColumn("{task.fields[figures]}"),
 )
 
 
@@ -104,7 +94,7 @@ def demo(
     from lmtfast.demo import run_demo
     from lmtfast.tables import certificate_table
 
-    with _progress() as report:
+    with training_progress() as report:
         result = run_demo(out, progress=report)
     console.print(
         certificate_table(result.certificates, result.radii, title="8 x 8 digits, test set")
@@ -163,7 +153,7 @@ def train(
     values = chosen.to_dict() | {k: v for k, v in changes.items() if v is not None}
     chosen = from_mapping(values, where="lmtfast train")
     dataset = _dataset(chosen.data, chosen.input_range)
-    with _progress() as report:
+    with training_progress() as report:
         result = run_training(
             chosen, dataset, out=out, resume=resume, allow_previous=allow_previous, progress=report
         )
@@ -193,6 +183,25 @@ def certify(
     weights: Annotated[
         Path | None, typer.Option(help="Also write the arrays that `check` reads to this file.")
     ] = None,
+    attack: Annotated[
+        bool,
+        typer.Option(
+            "--attack",
+            help="Also attack every input (extra `attack`). If a class changes inside its radius, "
+            "no certificate is written, the points go to OUT.violations.npz, and the exit code "
+            "is 1.",
+        ),
+    ] = False,
+    attack_with: Annotated[
+        list[str] | None,
+        typer.Option("--attack-with", help="Only this attack; may be repeated."),
+    ] = None,
+    slow_inputs: Annotated[
+        int, typer.Option("--slow-inputs", help="How many inputs the slow attacks take.")
+    ] = 1000,
+    attack_csv: Annotated[
+        Path | None, typer.Option("--attack-csv", help="Distances found, one line per input.")
+    ] = None,
     import_model: ImportModel = False,
     allow_previous: Annotated[
         bool,
@@ -212,21 +221,32 @@ def certify(
 
     `lmtfast certify runs/mnist --data mnist.npz --out mnist-certificate.npz --radius 0.5 --radius
     1.58`
+
+    `lmtfast certify runs/digits --out digits.npz --plot curve.png --attack`
     """
+    from lmtfast.adversaries import choose
+    from lmtfast.attacking import attack as run_attack
     from lmtfast.certification import certify as run_certify
     from lmtfast.checkpoint import load_checkpoint
     from lmtfast.description import save_weights
-    from lmtfast.tables import certificate_table
+    from lmtfast.tables import attack_table, certificate_table
     from lmtfast.verified.budget import Budget
 
     _use_working_directory()
+    if attack:
+        choose(attack_with)  # a missing library is better known before than after the bound
+    elif attack_with or attack_csv is not None:
+        raise ArgumentError(
+            "--attack", "options for attacks without it", "lmtfast certify", "add --attack"
+        )
     saved = load_checkpoint(checkpoint, allow_previous=allow_previous)
     dataset = _dataset(data or saved.config.data, saved.config.input_range)
     model = saved.model(import_model=import_model)
-    with _certifying(level.value) as report:
+    pair = (dataset.x_test[:limit], dataset.y_test[:limit])
+    with bound_progress(level.value) as report:
         certificate = run_certify(
             model,
-            (dataset.x_test[:limit], dataset.y_test[:limit]),
+            pair,
             input_shape=saved.input_shape,
             input_range=dataset.input_range,
             level=level.value,
@@ -235,6 +255,17 @@ def certify(
             progress=report,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    attacked = None
+    if attack:
+        with attack_progress() as progress:
+            attacked = run_attack(
+                model, certificate, pair,
+                attacks=attack_with, slow_inputs=slow_inputs, progress=progress,
+            )  # fmt: skip
+        console.print(attack_table(attacked, title="attacks"))
+        if attack_csv is not None:
+            attacked.to_csv(attack_csv)
+        _check(attacked, out)
     certificate.save(out)
     if weights is not None:
         save_weights(model, weights, input_shape=saved.input_shape)
@@ -243,7 +274,8 @@ def certify(
     if plot is not None:
         from lmtfast.plot import plot_certificates
 
-        plot_certificates({saved.config.method: certificate}, plot, marks=radii)
+        curves = None if attacked is None else {saved.config.method: attacked}
+        plot_certificates({saved.config.method: certificate}, plot, marks=radii, attacked=curves)
     console.print(f"Written: {out}. Check it: lmtfast verify {out} --checkpoint {checkpoint}")
 
 
@@ -397,43 +429,19 @@ def _dataset(source: str, input_range: tuple[float, float]) -> Dataset:
     return load_dataset(source, input_range=input_range)
 
 
+def _check(report: AttackReport, out: Path) -> None:
+    """Leave the evidence and exit if an attack landed inside a radius."""
+    try:
+        report.check()
+    except ViolationError as error:
+        points = report.save_violations(out.with_name(f"{out.name}.violations.npz"))
+        console.print(f"[red]ViolationError[/red]: {error}", soft_wrap=True)
+        console.print(f"The points: {points}. No certificate was written.", soft_wrap=True)
+        raise typer.Exit(EXIT_VERIFICATION_FAILED) from None
+
+
 def _use_working_directory() -> None:
     """Let ``package.module:callable`` name a module in the working directory."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-
-
-@contextmanager
-def _certifying(level: str) -> Iterator[Any]:
-    """A progress bar over the inputs; the bound comes first and can take longer than they do."""
-    with Progress(*COLUMNS, console=console) as bar:
-        task = bar.add_task(f"bounding the network, level {level}", total=None, figures="")
-
-        def report(done: int, total: int | None) -> None:
-            bar.update(task, description="certifying", completed=done, total=total)
-
-        yield report
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar; yields the function the training loop reports to."""
-    with Progress(*COLUMNS, console=console) as bar:
-        task = bar.add_task("training", total=None, figures="")
-
-        def report(step: int, steps: int, row: Mapping[str, Any]) -> None:
-            shown = {
-                k: v
-                for k, v in row.items()
-                if k in ("epoch", "train_loss", "test_accuracy", "loss", "run")
-            }
-            figures = "  ".join(
-                f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                for k, v in shown.items()
-            )
-            if "loss" not in row:
-                bar.console.print(figures)
-            bar.update(task, completed=step, total=steps, figures=figures)
-
-        yield report

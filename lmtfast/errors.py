@@ -70,5 +70,9 @@ class CertificateError(LmtfastError, ValueError):
     """A certificate file is damaged, stale, or does not belong to the model."""
 
 
+class ViolationError(LmtfastError):
+    """An attack changed the class of an input inside its certified radius."""
+
+
 class ConfigError(LmtfastError, ValueError):
     """A training configuration or checkpoint cannot be used."""

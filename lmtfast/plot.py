@@ -12,6 +12,7 @@ import numpy as np
 from lmtfast.errors import ArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from lmtfast.attack_report import AttackReport
     from lmtfast.certificate import Certificate
 
 FIGURE_INCHES = (6.4, 4.2)
@@ -50,6 +51,7 @@ def plot_certificates(
     path: str | Path,
     *,
     marks: Sequence[float] = (),
+    attacked: Mapping[str, AttackReport] | None = None,
 ) -> Path:
     """Draw certified accuracy against radius for one or several certificates.
 
@@ -57,6 +59,8 @@ def plot_certificates(
         certificates: One, several, or several by name; the names make the legend.
         path: Image file; the suffix chooses the format (png, pdf, svg).
         marks: Radii to mark with a vertical line, in input units.
+        attacked: What :func:`lmtfast.attack` found, by the name of the certificate: a dashed curve
+            of the accuracy under attack, an upper bound, beside the certified one, a lower bound.
 
     Returns:
         The path written.
@@ -84,31 +88,51 @@ def plot_certificates(
         clean = 100.0 * float(np.mean(np.asarray(certificate.correct)))
         label = f"{name}, {clean:.1f} % correct"
         # An input whose class can never change has an infinite radius: it stays up to the edge.
-        finite = np.isfinite(radii)
-        drawn = (
-            np.append(radii[finite], FAR),
-            100.0 * np.append(accuracy[finite], accuracy[finite][-1]),
-        )
-        (line,) = axes.step(*drawn, where="post", label=label)
+        (line,) = axes.step(*_drawn(radii, accuracy), where="post", label=label)
         axes.plot(0.0, clean, marker="o", clip_on=False, zorder=3, color=line.get_color())
-        tail = radii[finite & (accuracy > TAIL)]
-        end = max(end, float(tail[-1]) if len(tail) else 0.0)
+        end = max(end, _end(radii, accuracy))
+        if attacked is not None and name in attacked:
+            curve = attacked[name].curve()
+            style = {"color": line.get_color(), "linestyle": "--", "linewidth": 1.0}
+            axes.step(*_drawn(*curve), where="post", label=f"{name}, under attack", **style)
+            end = max(end, _end(*curve))
     for mark in marks:
         axes.axvline(mark, color="0.7", linewidth=0.8, zorder=0)
     axes.set(
         xlabel="L2 radius in input units",
-        ylabel="certified accuracy, %",
+        ylabel="certified accuracy, %" if attacked is None else "accuracy, %",
         xlim=(0.0, 1.05 * end if end else 1.0),
         ylim=(0.0, 104.0),
     )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.supxlabel(caption(list(named.values())), fontsize="x-small", color="0.35")
+    text = caption(list(named.values()))
+    if attacked is not None:
+        text += "".join(
+            f"\nattacked with {', '.join(r.name for r in report.rows)}; {len(report.violations)} "
+            "changes of class inside a radius"
+            for report in attacked.values()
+        )
+    figure.supxlabel(text, fontsize="x-small", color="0.35")
     path = Path(path)
     # A fixed Software entry: the same certificates give the same file.
     metadata = {"Software": "lmtfast"} if path.suffix == ".png" else None
     figure.savefig(path, metadata=metadata)
     return path
+
+
+def _drawn(radii: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The curve's finite steps in percent, carried on beyond every axis."""
+    finite = np.isfinite(radii)
+    return (
+        np.append(radii[finite], FAR),
+        100.0 * np.append(accuracy[finite], accuracy[finite][-1]),
+    )
+
+
+def _end(radii: np.ndarray, accuracy: np.ndarray) -> float:
+    tail = radii[np.isfinite(radii) & (accuracy > TAIL)]
+    return float(tail[-1]) if len(tail) else 0.0
 
 
 def caption(certificates: Sequence[Certificate]) -> str:

@@ -92,7 +92,7 @@ def prepare(
     program, description = program_sha256(plan, traced), describe(plan.graph, tensors)
     return Subject(
         plan, fingerprint(program, description.text, digest), program, description, bound,
-        enclosure, digest, device, _chunk(traced), output[0],
+        enclosure, digest, device, chunk_size(traced), output[0],
     )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def program_sha256(plan: BoundPlan, traced: TracedModel) -> str:
     return hashlib.sha256(repr(lines).encode()).hexdigest()
 
 
-def _chunk(traced: TracedModel) -> int:
+def chunk_size(traced: TracedModel) -> int:
     """Samples per chunk, from the largest tensor; the same for the same model everywhere."""
     largest = 1
     for node in traced.program.graph.nodes:

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from lmtfast.attack_report import AttackReport
     from lmtfast.certificate import Certificate
     from lmtfast.layer_bounds import LayerBounds
 
@@ -25,6 +26,8 @@ PACKAGES = (
     "rich",
     "matplotlib",
     "scikit-learn",
+    "foolbox",
+    "adversarial-robustness-toolbox",
 )
 
 
@@ -46,6 +49,31 @@ def certificate_table(
     table.add_row("Lipschitz constant", *(f"{c.total:.4g}" for c in several))
     table.add_row("level", *(c.level for c in several))
     table.caption = "certified: correct, and no L2 change up to the radius alters the class"
+    return table
+
+
+def attack_table(report: AttackReport, *, title: str) -> Table:
+    """One row per attack, the verdict and the gap below."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("attack", "library"):
+        table.add_column(column)
+    for column in ("inputs", "class changed", "closest", "median distance", "seconds"):
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        table.add_row(
+            row.name, row.library or "own", str(row.inputs), str(row.changed), str(row.closest),
+            f"{row.median:.4f}", f"{row.seconds:.0f}",
+        )  # fmt: skip
+    for name, reason in report.skipped:
+        table.add_row(name, f"did not run: {reason}")
+    gap = ", ".join(f"{100 * q:g} % {v:.3f}" for q, v in report.gap_quantiles().items())
+    table.caption = (
+        f"inside a certified radius: {len(report.violations)} proved changes of class, "
+        f"{len(report.undecided)} undecided\n"
+        f"certified radius / attacked distance, quantiles over {len(report.gap)} inputs: {gap}"
+    )
+    if report.unattacked:
+        table.caption += f"\nnot attacked, their own class is not proved: {len(report.unattacked)}"
     return table
 
 

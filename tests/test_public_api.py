@@ -18,12 +18,15 @@ import lmtfast
 
 DELTA = "7.888609052210118e-31"  # 2**-100
 SIGNATURES = {
+    "AttackReport": None,  # made by attack
     "BoundPlan": "(graph, slots, table, engines, reasons, state_sizes, backend, backend_reason, "
     "signature)",
     "Budget": "(seconds=120.0, memory=4294967296.0)",
     "Certificate": None,  # made by certify and load_certificate, never by hand
     "LipschitzBound": None,  # made by the bounds
     "NetworkBound": "(model, input_shape, *, engine='auto', backend=None, batch_norm='running')",
+    "attack": "(model, certificate, data, *, attacks=None, slow_inputs=1000, seed=0, "
+    "progress=None)",
     "available_backends": "()",
     "certified_bound": f"(model, input_shape, *, level='rigorous', delta={DELTA}, method='auto', "
     "budget=None)",
@@ -55,7 +58,7 @@ def bare_signature(function: object) -> str:
 
 def test_there_are_exactly_these_names() -> None:
     assert lmtfast.__all__ == PUBLIC
-    assert len(PUBLIC) == 15
+    assert len(PUBLIC) == 17
     assert set(PUBLIC) <= set(dir(lmtfast))
 
 
@@ -96,7 +99,13 @@ def test_docstring_has_every_section(name: str) -> None:
         signature = inspect.signature(value)
         wanted += ["Args:"] if signature.parameters else []
         wanted += ["Returns:"] if signature.return_annotation not in (None, "None") else []
-    if name not in {"BoundPlan", "Certificate", "LipschitzBound", "available_backends"}:
+    if name not in {
+        "AttackReport",
+        "BoundPlan",
+        "Certificate",
+        "LipschitzBound",
+        "available_backends",
+    }:
         wanted.append("Raises:")
     assert not [section for section in wanted if section not in text]
     assert ">>> " in text.partition("Example:")[2]
