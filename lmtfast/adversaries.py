@@ -64,7 +64,7 @@ class Victim(nn.Module):
             logits = self(points.to(self.device, torch.float32)).cpu().double()
         own = classes[:, None]
         lead = logits - logits.gather(1, own)
-        best = lead.scatter(1, own, -math.inf).nan_to_num(nan=-math.inf).max(1)
+        best = lead.scatter(1, own, -math.inf).nan_to_num(-math.inf, math.inf, -math.inf).max(1)
         status = torch.where(best.values > 0, CHANGED, KEPT)
         return Verdicts(status, best.values, best.indices)
 

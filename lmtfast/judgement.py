@@ -104,7 +104,9 @@ def _judged(value: Tensor, error: Tensor, classes: Tensor) -> tuple[Tensor, Tens
     known = (value.isfinite() & error.isfinite()).all(1)
     status = torch.full((n,), UNDECIDED)
     status[known & kept], status[known & changed] = KEPT, CHANGED
-    lead = torch.where(others, value - value.gather(1, own), -math.inf).nan_to_num(nan=-math.inf)
+    lead = torch.where(others, value - value.gather(1, own), -math.inf).nan_to_num(
+        -math.inf, math.inf, -math.inf
+    )
     best = lead.max(1)
     return status, best.values, best.indices
 

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: MIT
+"""The attack cross-check: exact verdicts, the polish, and its power on nets of known radius."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import random
+import sys
+from fractions import Fraction
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lmtfast as lf
+from lmtfast.adversaries import ADVERSARIES, Adversary, choose
+from lmtfast.errors import (
+    ArgumentError,
+    CertificateError,
+    MissingDependencyError,
+    TrainModeError,
+    ViolationError,
+)
+from lmtfast.judgement import CHANGED, KEPT, UNDECIDED, Judge, inside, squared_distance
+from lmtfast.plot import plot_certificates
+from lmtfast.polish import shorten
+
+FOOLBOX = [n for n, a in ADVERSARIES.items() if a.library == "foolbox"]
+ART = [n for n, a in ADVERSARIES.items() if a.library == "art"]
+
+
+def newton(victim, x, classes, eps, start):
+    """One step to the closest linearised boundary, and half as far again."""
+    rows, best = torch.arange(len(x)), None
+    lead = victim(x) - victim(x)[rows, classes][:, None]
+    for rival in range(victim.classes):
+        rivals = torch.full_like(classes, rival)
+        g = victim.gradient(x, classes, rivals)
+        size = g.flatten(1).norm(dim=1).clamp_min(1e-30)
+        far = torch.where(rivals == classes, torch.inf, -lead[:, rival] / size)
+        step = (1.5 * far / size).reshape(-1, *(1,) * (x.ndim - 1)) * g
+        closer = torch.ones_like(far, dtype=torch.bool) if best is None else far < best[0]
+        keep = closer.reshape(-1, *(1,) * (x.ndim - 1))
+        best = (far, step) if best is None else (
+            torch.where(closer, far, best[0]), torch.where(keep, step, best[1])
+        )  # fmt: skip
+    return x + best[1].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+NEWTON = Adversary("newton", newton)
+
+
+def mirror(victim, x, classes, eps, start):
+    return -x
+
+
+MIRROR = Adversary("mirror", mirror)
+
+
+def linear_net(seed, depth=2):
+    torch.manual_seed(seed)
+    sizes = [9, *([7] * (depth - 1)), 5]
+    layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    return nn.Sequential(*layers).eval()
+
+
+def exact(tensor):
+    return np.vectorize(Fraction, otypes=[object])(tensor.detach().double().numpy())
+
+
+def exact_squared_radius(net, x):
+    """Smallest squared distance to a boundary, and the class, in rational numbers."""
+    matrix, shift = None, None
+    for layer in net:
+        w, b = exact(layer.weight), exact(layer.bias)
+        matrix, shift = (w, b) if matrix is None else (w @ matrix, w @ shift + b)
+    logits = matrix @ exact(x) + shift
+    own = max(range(len(logits)), key=lambda k: logits[k])
+    rivals = [k for k in range(len(logits)) if k != own]
+    rows = {k: matrix[own] - matrix[k] for k in rivals}
+    return min((logits[own] - logits[k]) ** 2 / (rows[k] @ rows[k]) for k in rivals), own
+
+
+def certified(net, x, y=None):
+    data = x if y is None else (x, y)
+    shape = tuple(x.shape[1:])
+    return lf.certify(net, data, input_shape=shape, input_range=(-1.0, 1.0))
+
+
+def seeded(certificate, radius):
+    """A forged certificate: only the radii differ."""
+    return dataclasses.replace(certificate, prediction_radius=np.asarray(radius))
+
+
+def signs():
+    """f(x) = (x, -x): the boundary is 0, where both classes tie."""
+    net = nn.Linear(1, 2, bias=False).eval()
+    net.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+    return net
+
+
+# -- verdicts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-310, 1e150, 5e-324])
+def test_distances_are_rational_numbers(scale):
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(3, 4, generator=generator).double() * scale for _ in range(2))
+    b[0], a[1] = a[0], 0.0
+    a[2, 0] = torch.pi * 1e3
+    pairs = zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)
+    want = sum((Fraction(p) - Fraction(q)) ** 2 for p, q in pairs)
+    assert squared_distance(a, b) == want
+    assert squared_distance(b, a) == want
+    assert squared_distance(a, a) == 0
+
+
+def test_a_radius_is_a_closed_ball_and_zero_claims_nothing():
+    x, p = torch.zeros(2).double(), torch.tensor([3.0, 4.0]).double()
+    assert inside(p, x, 5.0)
+    assert not inside(p, x, math.nextafter(5.0, 0.0))
+    assert not inside(x, x, 0.0)
+    assert inside(p, x, math.inf)
+    # 1 + 2^-60 is no float64: only exact arithmetic tells it from 1
+    q = torch.tensor([1.0, 2.0**-30]).double()
+    assert not inside(q, x, 1.0)
+    assert inside(q, x, math.nextafter(1.0, 2.0))
+
+
+def test_a_judge_proves_a_class_or_says_so():
+    judge = Judge(signs(), (1,), {})
+    values = [[1e-100], [0.0], [-1e-100], [math.inf], [math.nan]]
+    points = torch.tensor(values, dtype=torch.float64)
+    verdict = judge(points, torch.zeros(5, dtype=torch.int64))
+    assert verdict.status.tolist() == [KEPT, UNDECIDED, CHANGED, UNDECIDED, UNDECIDED]
+    assert verdict.rival[:3].tolist() == [1, 1, 1]
+    assert len(judge(points[:0], torch.zeros(0, dtype=torch.int64)).status) == 0
+
+
+def test_a_bracket_that_touches_the_radius_ends_at_neighbouring_floats():
+    judge, own = Judge(signs(), (1,), {}), torch.tensor([0])
+    x, far = torch.tensor([[0.7]]).double(), torch.tensor([[-3.0]]).double()
+    fine = shorten(judge, x, far, own, torch.tensor([0.7]).double())
+    assert -1e-15 < fine.points.item() < 0.0 <= fine.last.item() < 1e-15
+    coarse = shorten(judge, x, far, own, torch.tensor([0.3]).double())
+    assert -2e-6 < coarse.points.item() < 0.0
+
+
+# -- the harness on nets whose radius is known -------------------------------------------------
+
+
+def test_a_tie_inside_the_radius_is_undecided_and_one_float_more_is_proved():
+    net, x = signs(), torch.ones(1, 1)
+    certificate = certified(net, x)
+    honest = lf.attack(net, certificate, x, attacks=[MIRROR])
+    assert (honest.violations, honest.undecided) == ((), ())
+    assert honest.gap[0] == pytest.approx(1.0, abs=1e-6)
+    tie = lf.attack(net, seeded(certificate, [1.0]), x, attacks=[MIRROR])
+    assert (tie.violations, tie.undecided) == ((), (0,))
+    wrong = lf.attack(net, seeded(certificate, [1.0 + 2.0**-52]), x, attacks=[MIRROR])
+    (violation,) = wrong.violations
+    assert wrong.undecided == ()
+    # bisection ends at -2^-52; one float closer the class is still proved to differ
+    assert violation.point.tolist() == [math.nextafter(-(2.0**-52), 1.0)]
+    assert (violation.prediction, violation.rival, violation.attack) == (0, 1, "mirror")
+
+
+def broken_share(cases, attacks, depth=2):
+    """Shares of inputs whose radius is broken when 1 % too large, and when as certified."""
+    broken = total = 0
+    for seed in range(cases):
+        net = linear_net(seed, depth)
+        x = 2 * torch.rand(8, 9) - 1
+        certificate = certified(net, x)
+        squares = [exact_squared_radius(net, row) for row in x]
+        assert certificate.prediction.tolist() == [own for _, own in squares]
+        truth = np.array([math.sqrt(square) for square, _ in squares])
+        forged = seeded(certificate, 1.01 * truth)
+        report = lf.attack(net, forged, x, attacks=attacks, slow_inputs=0)
+        for violation in report.violations:
+            square = squares[violation.index][0]
+            point = torch.from_numpy(violation.point)
+            assert square <= squared_distance(point, x[violation.index].double())
+        broken, total = broken + len(report.violations), total + len(x)
+        honest = lf.attack(net, certificate, x, attacks=attacks, slow_inputs=0)
+        assert honest.violations == ()
+        assert (honest.distance >= truth * (1 - 1e-12)).all()
+    return broken / total
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_radius_one_percent_too_large_is_broken(depth):
+    assert broken_share(3, [NEWTON], depth) >= 0.99
+
+
+def test_a_radius_one_percent_too_large_is_broken_by_the_libraries():
+    pytest.importorskip("foolbox", reason="needs the extra attack")
+    assert broken_share(2, ["deepfool", "ddn", "pgd"]) >= 0.99
+
+
+@pytest.mark.slow
+def test_power_on_many_linear_nets():
+    pytest.importorskip("foolbox", reason="needs the extra attack")
+    assert broken_share(60, ["deepfool", "ddn", "pgd"]) >= 0.99
+
+
+def small_net():
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(100, 4)
+    )
+    x, y = 2 * torch.rand(12, 1, 10, 10) - 1, torch.arange(12) % 4
+    return net.eval(), x, y
+
+
+@pytest.fixture(scope="module")
+def example():
+    net, x, y = small_net()
+    certificate = certified(net, x, y)
+    return net, x, y, certificate, lf.attack(net, certificate, (x, y), attacks=[NEWTON])
+
+
+def test_the_report_counts_what_was_found(example):
+    _, _, _, certificate, report = example
+    (row,) = report.rows
+    assert (row.name, row.inputs) == ("newton", 12)
+    assert row.closest == report.found_by.count("newton") == int(np.isfinite(report.distance).sum())
+    assert row.changed >= row.closest > 6
+    assert 0 < report.gap.max() <= 1.0
+    assert report.gap_quantiles([0.5])[0.5] == np.median(report.gap)
+    radii, accuracy = report.curve()
+    for eps in [0.0, *radii, 0.05, 1.0]:
+        step = np.searchsorted(radii, eps, side="right") - 1
+        assert report.attacked_accuracy(eps) == pytest.approx(accuracy[step])
+        assert report.attacked_accuracy(eps) >= certificate.certified_accuracy(eps)
+    report.check()
+    with pytest.raises(ArgumentError):
+        report.attacked_accuracy(-1.0)
+
+
+def test_a_violation_is_raised_shown_and_kept(example, tmp_path):
+    net, x, y, certificate, found = example
+    forged = seeded(certificate, 1.001 * np.minimum(found.distance, 1e6))
+    report = lf.attack(net, forged, (x, y), attacks=[NEWTON])
+    # the closed ball may also hold an even closer point, so all of them break
+    assert len(report.violations) == found.rows[0].closest
+    with pytest.raises(ViolationError, match="do not use this certificate") as caught:
+        report.check()
+    first = report.violations[0]
+    assert repr(first.radius) in caught.value.got
+    rows = list(csv.DictReader(report.to_csv(tmp_path / "attacks.csv").open()))
+    assert len(rows) == 12
+    assert sum("VIOLATION" in row["by"] for row in rows) == len(report.violations)
+    assert float(rows[first.index]["attacked"]) == first.distance
+    with np.load(report.save_violations(tmp_path / "points.npz")) as saved:
+        point = torch.from_numpy(saved["point"][0])
+        assert inside(point, x[first.index].double(), float(saved["radius"][0]))
+        assert net(point[None].float()).argmax().item() == saved["rival"][0]
+
+
+def test_a_report_without_labels_has_no_accuracy(example):
+    net, x, *_ = example
+    report = lf.attack(net, certified(net, x), x, attacks=[NEWTON])
+    assert report.correct is None
+    with pytest.raises(ArgumentError, match="labels"):
+        report.attacked_accuracy(0.1)
+
+
+def test_constant_and_tied_inputs():
+    net = nn.Linear(3, 2).eval()
+    nn.init.zeros_(net.weight)
+    net.bias.data.copy_(torch.tensor([1.0, 0.0]))
+    x = torch.zeros(2, 3)
+    certificate = certified(net, x)
+    assert np.isinf(certificate.prediction_radius).all()
+    report = lf.attack(net, certificate, x, attacks=[NEWTON])
+    assert np.isinf(report.distance).all()
+    assert len(report.gap) == 0
+    assert math.isnan(report.gap_quantiles()[0.5])
+    tied = lf.attack(signs(), certified(signs(), torch.zeros(1, 1)), torch.zeros(1, 1),
+                     attacks=[MIRROR])  # fmt: skip
+    assert tied.unattacked == (0,)
+    assert tied.undecided == ()  # its radius is 0
+
+
+def test_a_wrong_prediction_breaks_at_the_input_itself():
+    certificate = certified(signs(), torch.ones(1, 1))
+    forged = dataclasses.replace(certificate, prediction=np.array([1]))
+    report = lf.attack(signs(), forged, torch.ones(1, 1), attacks=[MIRROR])
+    (violation,) = report.violations
+    assert (violation.distance, violation.attack) == (0.0, "the input itself")
+
+
+def test_no_input_at_all():
+    net = signs()
+    report = lf.attack(net, certified(net, torch.ones(0, 1)), torch.ones(0, 1), attacks=[MIRROR])
+    assert report.violations == ()
+    assert report.distance.shape == (0,)
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def test_refusals(example):
+    net, x, y, certificate, _ = example
+    other, *_ = small_net()
+    other[0].weight.data.mul_(1.5)
+    with pytest.raises(CertificateError, match="other weights"):
+        lf.attack(other, certificate, (x, y), attacks=[NEWTON])
+    with pytest.raises(CertificateError, match="12 certified inputs"):
+        lf.attack(net, certificate, (x[:5], y[:5]), attacks=[NEWTON])
+    with pytest.raises(TrainModeError):
+        lf.attack(small_net()[0].train(), certificate, (x, y), attacks=[NEWTON])
+    with pytest.raises(ArgumentError, match="slow_inputs"):
+        lf.attack(net, certificate, (x, y), attacks=[NEWTON], slow_inputs=-1)
+    for names in (["no-such-attack"], []):
+        with pytest.raises(ArgumentError, match="deepfool, ddn, pgd"):
+            lf.attack(net, certificate, (x, y), attacks=names)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    for names in (None, ["pgd"]):
+        with pytest.raises(MissingDependencyError, match=r"lmtfast\[attack\]"):
+            choose(names)
+    monkeypatch.setitem(sys.modules, "foolbox", ModuleType("foolbox"))
+    monkeypatch.setitem(sys.modules, "art.attacks.evasion", None)
+    monkeypatch.setitem(sys.modules, "art", None)
+    chosen, skipped = choose(None)
+    assert [a.name for a in chosen] == FOOLBOX
+    assert [name for name, _ in skipped] == ART
+    with pytest.raises(MissingDependencyError, match="adversarial-robustness-toolbox"):
+        choose(["square"])
+
+
+# -- the libraries' attacks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FOOLBOX, *ART])
+def test_every_attack_of_the_libraries(name, example):
+    library = "art.attacks.evasion" if name in ART else "foolbox"
+    pytest.importorskip(library, reason="needs the extra attack")
+    net, x, y, certificate, _ = example
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    first = ["deepfool", name] if ADVERSARIES[name].started else [name]
+    one, two = (lf.attack(net, certificate, (x, y), attacks=first, slow_inputs=6) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert random.getstate() == states[2]
+    assert np.array_equal(one.distance, two.distance)
+    row = one.rows[-1]
+    assert row.inputs == (6 if ADVERSARIES[name].slow else 12)
+    assert row.changed >= row.inputs // 2
+    assert one.violations == ()
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_attacks_that_do_not_fit_are_listed(example):
+    pytest.importorskip("art.attacks.evasion", reason="needs the extra attack")
+    net, x = linear_net(0), torch.zeros(2, 9)
+    report = lf.attack(net, certified(net, x), x, attacks=["square", NEWTON])
+    assert [r.name for r in report.rows] == ["newton"]
+    assert dict(report.skipped)["square"].startswith("needs square images")
+
+
+# -- the command line and the plot -------------------------------------------------------------
+
+
+def test_the_attacked_curve_is_drawn(example, tmp_path):
+    *_, certificate, report = example
+    plain = plot_certificates({"net": certificate}, tmp_path / "plain.png").read_bytes()
+    path = plot_certificates({"net": certificate}, tmp_path / "both.png", attacked={"net": report})
+    assert path.read_bytes() != plain
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A checkpoint's certificate command, without training: (words) to exit code."""
+    pytest.importorskip("typer", reason="the command line needs typer")
+    from lmtfast import checkpoint, commands
+    from lmtfast.cli import main
+
+    net, x, y = small_net()
+    saved = SimpleNamespace(
+        config=SimpleNamespace(
+            data="", input_range=(-1.0, 1.0), method="lmt", certify_radii=(0.1,)
+        ),
+        input_shape=(1, 10, 10),
+        model=lambda import_model: net,
+    )
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *a, **k: saved)
+    data = SimpleNamespace(x_test=x, y_test=y, input_range=(-1.0, 1.0), name="random")
+    monkeypatch.setattr(commands, "_dataset", lambda *a: data)
+    monkeypatch.setitem(ADVERSARIES, "newton", NEWTON)
+    out = ["--out", str(tmp_path / "c.npz")]
+    return lambda *words: main(["certify", "checkpoint", *out, *map(str, words)])
+
+
+def test_certify_attacks_on_request(run, tmp_path, capsys):
+    words = ["--attack", "--attack-with", "newton", "--attack-csv", tmp_path / "a.csv"]
+    assert run(*words, "--plot", tmp_path / "curve.png") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "0 proved changes of class" in text
+    assert (tmp_path / "c.npz").exists()
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 13
+    assert run("--attack-with", "newton") == 2
+    assert run("--attack", "--attack-with", "no-such-attack") == 2
+
+
+def test_a_violation_fails_the_run_and_leaves_no_certificate(run, tmp_path, monkeypatch, capsys):
+    from lmtfast import certification
+
+    honest = certification.certify
+    monkeypatch.setattr(
+        certification, "certify",
+        lambda *a, **k: seeded(honest(*a, **k), np.full(12, 50.0)),
+    )  # fmt: skip
+    assert run("--attack", "--attack-with", "newton") == 1
+    out = capsys.readouterr().out
+    assert "ViolationError: expected no change of class" in out
+    assert "Do this:" in out
+    assert not (tmp_path / "c.npz").exists()
+    assert len(np.load(tmp_path / "c.npz.violations.npz")["index"]) > 0
