@@ -44,7 +44,7 @@ $(TORCH_STAMP): | $(BIN)/python
 
 # pip builds lmtfast._C in an isolated environment (setuptools, pybind11, cmake, ninja; never torch).
 $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py CMakeLists.txt $(SOURCES)
-	PYTHONWARNINGS=ignore $(PIP) --editable '.[cli,plot,demo,dev]'
+	PYTHONWARNINGS=ignore $(PIP) --editable '.[attack,cli,plot,demo,dev]'
 	@touch $@
 
 # Every other target leaves the CUDA kernels out: they take minutes.

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import math
 import random
@@ -15,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lmtfast.errors import ArgumentError, MissingDependencyError
 from lmtfast.judgement import CHANGED, KEPT, Verdicts
+from lmtfast.weights import named_tensors
 
 # Attacks on the cross-entropy lose their gradient where a logit leads by more than this.
 LARGEST_LEAD = 10.0
@@ -25,9 +26,10 @@ SMALLEST_IMAGE = 10  # below, Square's tiles vanish
 
 
 class Victim(nn.Module):
-    """A copy of the model as attacks see it: float32 in and out, logits scaled, no weight gradient.
+    """The model as attacks see it: float32 in and out, logits scaled, copies of its weights.
 
-    A constant factor moves no boundary, and saturated losses do not hide the gradient.
+    The module is called with the copies and hidden from attacks, which clear gradients and modes of
+    what they see. A constant factor moves no boundary, and keeps losses from saturating.
 
     Args:
         model: The certified network.
@@ -46,16 +48,19 @@ class Victim(nn.Module):
         input_shape: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.inner = copy.deepcopy(model).requires_grad_(False)
-        parameter = next((p for p in self.inner.parameters() if p.is_floating_point()), None)
-        self.dtype = torch.float32 if parameter is None else parameter.dtype
-        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self._hidden = (model,)
+        self._tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
+        weight = next((t for t in self._tensors.values() if t.is_floating_point()), None)
+        self.dtype = torch.float32 if weight is None else weight.dtype
+        self.device = torch.device("cpu") if weight is None else weight.device
         self.factor = LARGEST_LEAD / lead if lead > LARGEST_LEAD else 1.0
         self.box, self.classes, self.input_shape = box, classes, input_shape
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.inner(x.to(self.dtype))
+        logits: Tensor = functional_call(
+            self._hidden[0], self._tensors, (x.to(self.dtype),), tie_weights=False
+        )
         return (logits * self.factor).to(torch.float32)
 
     def glance(self, points: Tensor, classes: Tensor) -> Verdicts:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import lmtfast as lf
+from benchmarks.attack_check import keep
 from lmtfast.adversaries import ADVERSARIES, Adversary, choose
 from lmtfast.errors import (
     ArgumentError,
@@ -31,6 +32,11 @@ from lmtfast.polish import shorten
 
 FOOLBOX = [n for n, a in ADVERSARIES.items() if a.library == "foolbox"]
 ART = [n for n, a in ADVERSARIES.items() if a.library == "art"]
+
+
+def needs(module):
+    """Skip without the library; foolbox also fails to import where there is no git."""
+    pytest.importorskip(module, reason="needs the extra attack", exc_type=ImportError)
 
 
 def newton(victim, x, classes, eps, start):
@@ -198,13 +204,13 @@ def test_a_radius_one_percent_too_large_is_broken(depth):
 
 
 def test_a_radius_one_percent_too_large_is_broken_by_the_libraries():
-    pytest.importorskip("foolbox", reason="needs the extra attack")
+    needs("foolbox")
     assert broken_share(2, ["deepfool", "ddn", "pgd"]) >= 0.99
 
 
 @pytest.mark.slow
 def test_power_on_many_linear_nets():
-    pytest.importorskip("foolbox", reason="needs the extra attack")
+    needs("foolbox")
     assert broken_share(60, ["deepfool", "ddn", "pgd"]) >= 0.99
 
 
@@ -302,6 +308,24 @@ def test_no_input_at_all():
     assert report.distance.shape == (0,)
 
 
+def test_the_model_is_left_as_it_is():
+    """Also one that no deepcopy takes, with a derived weight and one layer used twice."""
+    torch.manual_seed(5)
+    twice = nn.Linear(6, 6)
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    net = nn.Sequential(first, twice, nn.ReLU(), twice, nn.Linear(6, 3))
+    x = torch.rand(3, 4)
+    net(x).sum().backward()
+    net.note = net[0].weight  # a derived tensor with a history
+    grads = [p.grad.clone() for p in net.parameters()]
+    certificate = certified(net.eval(), x)
+    report = lf.attack(net, certificate, x, attacks=[NEWTON])
+    assert np.isfinite(report.distance).any()
+    assert report.violations == ()
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+    assert all(p.requires_grad for p in net.parameters())
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
@@ -343,7 +367,7 @@ def test_a_missing_library_is_named(monkeypatch):
 @pytest.mark.parametrize("name", [*FOOLBOX, *ART])
 def test_every_attack_of_the_libraries(name, example):
     library = "art.attacks.evasion" if name in ART else "foolbox"
-    pytest.importorskip(library, reason="needs the extra attack")
+    needs(library)
     net, x, y, certificate, _ = example
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     first = ["deepfool", name] if ADVERSARIES[name].started else [name]
@@ -360,14 +384,14 @@ def test_every_attack_of_the_libraries(name, example):
 
 
 def test_attacks_that_do_not_fit_are_listed(example):
-    pytest.importorskip("art.attacks.evasion", reason="needs the extra attack")
+    needs("art.attacks.evasion")
     net, x = linear_net(0), torch.zeros(2, 9)
     report = lf.attack(net, certified(net, x), x, attacks=["square", NEWTON])
     assert [r.name for r in report.rows] == ["newton"]
     assert dict(report.skipped)["square"].startswith("needs square images")
 
 
-# -- the command line and the plot -------------------------------------------------------------
+# -- the command line, the plot and the files --------------------------------------------------
 
 
 def test_the_attacked_curve_is_drawn(example, tmp_path):
@@ -375,6 +399,18 @@ def test_the_attacked_curve_is_drawn(example, tmp_path):
     plain = plot_certificates({"net": certificate}, tmp_path / "plain.png").read_bytes()
     path = plot_certificates({"net": certificate}, tmp_path / "both.png", attacked={"net": report})
     assert path.read_bytes() != plain
+
+
+def test_the_files_of_a_run(example, tmp_path):
+    *_, certificate, report = example
+    keep(tmp_path, "net", certificate, report)
+    (row,) = csv.DictReader((tmp_path / "attacks.csv").open())
+    assert (row["name"], int(row["changed"])) == ("newton", report.rows[0].changed)
+    gap = {float(r["share"]): r for r in csv.DictReader((tmp_path / "gap.csv").open())}
+    assert float(gap[1.0]["certified/attacked"]) == pytest.approx(report.gap.max(), abs=1e-6)
+    for point in csv.DictReader((tmp_path / "curve.csv").open()):
+        assert float(point["certified"]) <= float(point["attacked"])
+    assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 @pytest.fixture
