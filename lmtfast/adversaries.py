@@ -18,7 +18,6 @@ from torch.func import functional_call
 
 from lmtfast.errors import ArgumentError, MissingDependencyError
 from lmtfast.judgement import CHANGED, KEPT, Verdicts
-from lmtfast.weights import named_tensors
 
 # Attacks on the cross-entropy lose their gradient where a logit leads by more than this.
 LARGEST_LEAD = 10.0
@@ -49,7 +48,15 @@ class Victim(nn.Module):
     ) -> None:
         super().__init__()
         self._hidden = (model,)
-        self._tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
+        # Every slot of every module object once: functional_call puts back no slot given twice.
+        self._tensors = {
+            f"{path}.{name}".lstrip("."): tensor.detach().clone()
+            for path, module in model.named_modules()
+            for name, tensor in [
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            ]
+        }
         weight = next((t for t in self._tensors.values() if t.is_floating_point()), None)
         self.dtype = torch.float32 if weight is None else weight.dtype
         self.device = torch.device("cpu") if weight is None else weight.device

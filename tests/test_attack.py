@@ -309,19 +309,23 @@ def test_no_input_at_all():
 
 
 def test_the_model_is_left_as_it_is():
-    """Also one that no deepcopy takes, with a derived weight and one layer used twice."""
+    """Also one that no deepcopy takes, with a derived weight and layers that share weights."""
     torch.manual_seed(5)
     twice = nn.Linear(6, 6)
     first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
-    net = nn.Sequential(first, twice, twice, nn.Linear(6, 3))
+    tied = nn.Linear(6, 6)
+    tied.weight = twice.weight
+    net = nn.Sequential(first, twice, twice, tied, nn.Linear(6, 3))
     x = torch.rand(3, 4)
     net(x).sum().backward()
     net.note = net[0].weight  # a derived tensor with a history
     grads = [p.grad.clone() for p in net.parameters()]
+    parameters = [id(p) for p in net.parameters()]
     certificate = certified(net.eval(), x)
     report = lf.attack(net, certificate, x, attacks=[NEWTON])
     assert np.isfinite(report.distance).any()
     assert report.violations == ()
+    assert [id(p) for p in net.parameters()] == parameters
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
     assert all(p.requires_grad for p in net.parameters())
 
