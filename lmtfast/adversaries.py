@@ -160,8 +160,8 @@ def _art(kind: str, **settings: Any) -> Run:
         if kind == "AutoProjectedGradientDescent":
             options["eps_step"] = 2 * eps  # the first step of APGD's schedule
         attack = getattr(_package(name, "art.attacks.evasion"), kind)(target, **options)
-        # Square divides by zero where a window holds no change; such points are dropped later.
-        with np.errstate(divide="ignore", invalid="ignore"):
+        # Square divides by zero where a window holds no change; what is not finite is dropped.
+        with np.errstate(all="ignore"):
             found = attack.generate(x.cpu().numpy().copy(), y=classes.cpu().numpy())
         return torch.from_numpy(found)
 
