@@ -190,6 +190,10 @@ def _exact_proof(
 
 def _pointwise(op: Conv, weights: Weights) -> NormEnclosure:
     """A single tap moves its matrix from some positions to others, each at most once."""
+    geometry = _geometry(op)
+    if not all(any(geometry.reach(axis, outputs=True)) for axis in range(len(op.kernel))):
+        # Every output reads nothing but padding.
+        return _exactly(0.0, "pointwise")
     kernels = effective_weight(op, weights).flatten(1)
     matrices = torch.stack(kernels.chunk(op.groups))
     found = matrix_norm_upper(matrices, entry_error=entry_error(op, weights))
