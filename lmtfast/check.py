@@ -34,10 +34,10 @@ KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", 
 WITHIN = "an operator that can be proved again within this checker's limits"
 PLAIN = ["0x1.0000000000000p+0", "0x0.0p+0"]  # gain and identity of a kernel that acts as stored
 UNIT, SAFE = 2.0**-53, 1.0 + 2.0**-20
-GAP = 2.0**-26  # g = c^2 (1 - GAP); stored norms hold at least twice that
-TINY = 2.0**-200  # above all that underflow adds to numbers scaled to one
+GAP, TINY = 2.0**-26, 2.0**-200  # g = c^2 (1 - GAP), stored norms hold twice; above any underflow
 CHUNK, LINE = 512, 256  # inner indices summed at once; least order of a block
 OPERATIONS, ENTRIES = 2.0**43, 2**26  # most that one proof may take, and a composite may have
+NOT_CHECKED = "not checked (lmtfast verify does): whose network, logits and labels these are"
 Array = Any  # np.ndarray
 Rows = tuple[list[int], list[tuple[int, int]], Callable[[int], Array]]  # orders, columns, blocks
 
@@ -177,6 +177,7 @@ class Weights:
 def pairs(node: Any) -> list[tuple[Array, Array]]:
     """For every tap of a convolution, the positions of columns and of rows that it connects."""
     names, axes = ("kernel", "stride", "padding", "dilation"), []
+    need(min(*node["stride"], *node["dilation"]) > 0, "steps above 0", "others", "conv", "claim")
     large, small = node["in"][1:], node["out"][1:]
     for n, m, k, s, p, d in zip(large, small, *(node[f] for f in names), strict=True):
         reads = [s * np.arange(m) - p[0] + d * t for t in range(k)]
@@ -211,7 +212,7 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
             y = y @ weights.matrix(node).T
         elif kind == "scale":
             factor = weights.scale(node).reshape(node["shape"]) if node["ref"] else 1.0
-            y = y * (factor * weights.gain(node))
+            y = y * np.broadcast_to(factor * weights.gain(node), y.shape)  # raises if it enlarges
         elif kind == "copy":
             index = np.concatenate([a + step * np.arange(n) for a, step, n in node["runs"]])
             y = np.pad(y.reshape(len(y), -1), ((0, 0), (0, 1)))[:, index].reshape(-1, *out)
@@ -282,7 +283,7 @@ def residual(rows: Rows, g: float, exponent: int, where: str) -> float:
         inverse[i] = np.linalg.inv(factor[i][i])
         for k in [k for k in factor if k < min(first[i + 1 :], default=i)]:
             del blocks[k], factor[k], inverse[k]
-    return max(sums, default=0.0) * SAFE + TINY
+    return float(np.max(sums, initial=0.0)) * SAFE + TINY  # unlike max, keeps NaN
 
 
 def prove(rows: Rows, c: float, where: str, lost: float) -> None:
@@ -300,8 +301,7 @@ def prove(rows: Rows, c: float, where: str, lost: float) -> None:
 
 
 def dense(t: Array) -> Rows:
-    t = t if len(t) <= t.shape[1] else t.T  # by its shorter side
-    return [len(t)], [(0, t.shape[1])], lambda i: t
+    return [min(t.shape)], [(0, max(t.shape))], lambda i: min(t, t.T, key=len)  # shorter side
 
 
 def banded(kernel: Array, taps: list[tuple[Array, Array]], large: Any, small: Any) -> Rows:
@@ -344,8 +344,9 @@ def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
     elif kind == "conv":  # every tap moves positions one to one; groups stand side by side
         taps, ends = pairs(node), (node["in"][1:], node["out"][1:])
         each, kernel = np.moveaxis(sizes.kernel(node), -1, 0), weights.kernel(node)
-        lost = gamma(roundings(node)) * sum(map(length, each)) * SAFE
-        proofs = [banded(k, taps, *ends) if len(taps) > 1 else dense(k[..., 0]) for k in kernel]
+        met = [len(p) > 0 for p, _ in taps]  # whether a tap ever meets the image
+        lost = gamma(roundings(node)) * sum(map(length, each)) * SAFE * any(met)
+        proofs = [dense(k[..., 0]) if met == [True] else banded(k, taps, *ends) for k in kernel]
     elif kind == "scale":
         least = float(image(region, sizes, np.ones((1, *node["in"]))).max(initial=0.0))
         need(least * (1 + 2.0**-48) <= c, f"a norm of at least {least}", c, where, "claim")
@@ -491,8 +492,7 @@ def main(arguments: list[str]) -> int:
         return 2
     found = check(*arguments)
     lines = [*map(str, found), "not accepted" if found else f"accepted: {arguments[0]}"]
-    lines += ["not checked (lmtfast verify does): whose network, logits and labels these are"]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join([*lines, NOT_CHECKED]) + "\n")
     return 1 if found else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -190,3 +191,12 @@ def test_verification_reads_every_claim():
         assert verify_certificate(dataclasses.replace(certificate, **claim), model) != []
     # Labels nobody checked.
     assert any("labels" in f for f in verify_certificate(certificate, model, x))
+
+
+def test_an_average_whose_divisor_rounds_to_a_power_of_two() -> None:
+    divisor = 2**54 - 1
+    model = nn.AvgPool2d(1, divisor_override=divisor).eval()
+    for options in ({}, {"budget": lf.Budget(0.0)}, {"method": "dense"}, {"method": "banded"}):
+        bound = lf.certified_bound(model, (1, 2, 2), **options)
+        assert Fraction(bound.total) * divisor >= 1
+    assert lf.certified_bound(nn.AvgPool2d(2).eval(), (3, 32, 32)).total == 0.5

@@ -378,3 +378,44 @@ def test_it_imports_neither_torch_nor_the_rest_of_the_library(dense: Any, tmp_pa
 
 def test_it_stays_short() -> None:
     assert len((ROOT / "lmtfast" / "check.py").read_text().splitlines()) <= 500
+
+
+def test_a_norm_that_overflows_the_proof_is_refused(tmp_path: Path) -> None:
+    """Scaled by a tiny claim the matrix overflows; NaN in some rows of blocks must not be lost."""
+    layer = nn.Conv2d(1, 1, (4, 1), stride=(2, 1), padding=(3, 0), bias=False)
+    layer.weight.data.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 4, 1))
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 256, 3)).eval()
+    region = first_operator(model, (1, 9, 256), tmp_path)
+    for claim in (2.0**-1060, 2.0**-600, 2.0**-100, 0.5, 1.0 - 2.0**-20):
+        with pytest.raises(check.Finding), np.errstate(all="ignore"):
+            check.check_norm(region[0], claim, region[1])
+    check.check_norm(region[0], 1.0 + 2.0**-20, region[1])
+
+
+def first_operator(
+    model: nn.Module, shape: tuple[int, ...], folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first operator's description and the weights, as the checker reads them."""
+    x = torch.rand(3, *shape)
+    certificate = lf.certify(model, x, input_shape=shape, input_range=(0, 1))
+    saved = certificate.save(folder / "c.npz")
+    header, _ = check.read_certificate(Path(saved).read_bytes())
+    weights = save_weights(model, folder / "w.npz", input_shape=shape)
+    assert check.check(saved, weights) == []
+    return header["network"]["operators"][0], check.read_weights(Path(weights))
+
+
+def test_a_tap_that_meets_padding_alone_has_norm_zero(tmp_path: Path) -> None:
+    layer = nn.Conv2d(2, 3, 1, stride=(1, 3), padding=(0, 2))
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).eval()
+    first_operator(model, (2, 2, 1), tmp_path)
+    assert lf.certified_bound(model, (2, 2, 1)).features == 0.0
+
+
+@pytest.mark.parametrize("change", [{"stride": [0, 0]}, {"dilation": [0, 0]}, {"stride": [-1, 1]}])
+def test_steps_that_no_convolution_has_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(9, 3)).eval()
+    region, arrays = first_operator(model, (1, 4, 4), tmp_path)
+    region["nodes"][0].update(change)
+    with pytest.raises(check.Finding, match="steps"):
+        check.check_norm(region, 1e6, arrays)

@@ -46,14 +46,31 @@ def average(call: TracedCall) -> Value:
     # Sums of at most `entries` terms: relative error below entries * 2^-52, rounded up generously.
     entries = math.prod(value.shape) + math.prod(call.out_shape) + 16
     norm = math.nextafter(schur * (1.0 + entries * 2.0**-51), math.inf)
-    exact = _exact_power(schur)
-    primitive = Average(call.name, value.shape, call.out_shape, frozen, exact or norm)
+    if math.frexp(schur)[0] == 0.5 and _short_fractions(call, value.shape, entries):
+        norm = schur  # a 2 x 2 average is exactly 1/2
+    primitive = Average(call.name, value.shape, call.out_shape, frozen, norm)
     return call.builder.linear(value, primitive)
 
 
-def _exact_power(value: float) -> float | None:
-    # Powers of two carry no rounding: a 2x2 average is exactly 1/2.
-    return value if math.frexp(value)[0] == 0.5 else None
+def _short_fractions(call: TracedCall, shape: Sequence[int], entries: int) -> bool:
+    """Whether Schur's bound is a power of two if it comes out as one.
+
+    Windows of one size have sums of denominator at most q, so the bound's square differs from a
+    power of two by at least 1 / q^2, relatively, or not at all; rounding moves it by less than
+    entries * 2^-50.
+    """
+    kernel, divisor = call.get("kernel_size"), call.get("divisor_override")
+    if "adaptive" in call.target:
+        sizes = zip(reversed(shape), reversed(call.out_shape), strict=False)
+        if any(m == 0 or n % m for n, m in sizes):
+            return False
+    if divisor is not None:
+        q = int(divisor)
+    elif kernel is not None:
+        q = max([kernel] if isinstance(kernel, int) else kernel) ** 3
+    else:
+        q = math.prod(shape) // max(1, math.prod(call.out_shape))
+    return q * q * entries < 2**50
 
 
 def _windows(

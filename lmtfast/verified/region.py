@@ -266,10 +266,11 @@ def _diagonal(op: Scale, weights: Weights) -> NormEnclosure:
 
 def _torus(region: Region, op: Conv, weights: Weights) -> NormEnclosure:
     weight, geometry = effective_weight(op, weights), _geometry(op)
+    repeats = sqrt_up(float(_repeats(op)))
     upper = 0.0
     for kernel in weight.chunk(op.groups):
         if op.padding_mode == "circular":
-            bound = _circular(op, kernel)
+            bound = mul_up(_circular(op, kernel), repeats)
         else:
             taps, coarse = polyphase(
                 kernel, stride=op.stride, padding=op.padding, dilation=op.dilation
@@ -280,7 +281,7 @@ def _torus(region: Region, op: Conv, weights: Weights) -> NormEnclosure:
                 output_extent=geometry.out_extent,
             ).upper
         upper = max(upper, bound)
-    upper = add_up(upper, entry_error(op, weights))
+    upper = add_up(upper, mul_up(entry_error(op, weights), repeats))
     return enclosure(upper, lanczos_norm(region, weights), "torus")
 
 
@@ -300,16 +301,20 @@ def _whole(op: Conv) -> bool:
     return all(f == n and n % s == 0 for f, n, s in zip(full, extent, op.stride, strict=True))
 
 
+def _repeats(op: Conv) -> int:
+    """How often at most an output of a circular convolution of stride one appears in it."""
+    if op.padding_mode != "circular" or _whole(op):
+        return 1
+    sizes = zip(_stride_one_extents(op), op.in_shape[1:], strict=True)
+    return math.prod(-(-max(f, 1) // n) for f, n in sizes)
+
+
 def _circular(op: Conv, kernel: Tensor) -> float:
-    """Exact on its own grid where the wrap is once around; else stride 1 times repeated outputs."""
-    full, extent = _stride_one_extents(op), op.in_shape[1:]
+    """Exact on its own grid where the wrap is once around; else of stride 1, not yet repeated."""
+    extent = op.in_shape[1:]
     stride = op.stride if _whole(op) else (1,) * len(extent)
     taps, coarse = polyphase(kernel, stride=stride, padding=op.padding, dilation=op.dilation)
-    upper = circular_norm_upper(taps, extent=coarse(extent)).upper
-    if _whole(op):
-        return upper
-    repeats = math.prod(-(-max(f, 1) // n) for f, n in zip(full, extent, strict=True))
-    return mul_up(upper, sqrt_up(float(repeats)))
+    return circular_norm_upper(taps, extent=coarse(extent)).upper
 
 
 def lanczos_norm(
