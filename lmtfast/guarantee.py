@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmtfast.backends.reference import effective_weight, region_apply
+from lmtfast.backends.reference import effective_weight, region_adjoint, region_apply
 from lmtfast.bound import LEVELS, LipschitzBound
 from lmtfast.composing import compose_up
 from lmtfast.errors import (
@@ -231,10 +231,7 @@ def _norm(
         return region_apply(region, weights, x)
 
     def adjoint(u: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = u.new_zeros((u.shape[0], *region.in_shape)).requires_grad_()
-            (result,) = torch.autograd.grad(apply(x), x, u)
-        return result
+        return region_adjoint(region, weights, u)
 
     error = product_error_up(region, weights, apply, adjoint)
     if not error <= LARGEST_PRODUCT_ERROR:

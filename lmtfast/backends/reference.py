@@ -124,6 +124,14 @@ def region_apply(region: Region, weights: Weights, x: Tensor) -> Tensor:
     return values[-1] if values else x
 
 
+def region_adjoint(region: Region, weights: Weights, u: Tensor) -> Tensor:
+    """The exact adjoint on a batch. Shape ``(N, *out_shape)`` to ``(N, *in_shape)``."""
+    with torch.enable_grad():
+        x = u.new_zeros((u.shape[0], *region.in_shape)).requires_grad_()
+        (result,) = torch.autograd.grad(region_apply(region, weights, x), x, u)
+    return result
+
+
 def vector_shape(region: Region) -> Shape:
     """Shape of an iterate: a matrix that acts on every position needs one position only."""
     op = region.primitive
@@ -143,10 +151,7 @@ def rmatvec(region: Region, weights: Weights, u: Tensor) -> Tensor:
     if isinstance(op, Conv) and _plain(op):
         x = u.new_zeros((1, *region.in_shape))
         return _backward(op, effective_weight(op, weights), u, x, (True, False))[0].squeeze(0)
-    with torch.enable_grad():
-        x = u.new_zeros((1, *region.in_shape)).requires_grad_()
-        (result,) = torch.autograd.grad(region_apply(region, weights, x), x, u.unsqueeze(0))
-    return result.squeeze(0)
+    return region_adjoint(region, weights, u.unsqueeze(0)).squeeze(0)
 
 
 def weight_vjp(

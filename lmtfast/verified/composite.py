@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lmtfast.backends.reference import Leaves, region_apply
+from lmtfast.backends.reference import Leaves, region_adjoint, region_apply
 from lmtfast.graph import Average, Conv, Linear, Region, Scale, Shape, weight_refs
 from lmtfast.verified.banded import SMALLEST_BLOCK, proof_bytes, proof_operations
 from lmtfast.verified.rounding import (
@@ -35,14 +35,6 @@ from lmtfast.weights import Weights
 
 # Entries of unit vectors, or of their images, formed at once.
 CHUNK = 1 << 22
-
-
-def adjoint(region: Region, weights: Weights, u: Tensor) -> Tensor:
-    """A^T u of a batch. Shape ``(N, *out_shape)`` to ``(N, *in_shape)``."""
-    with torch.enable_grad():
-        x = u.new_zeros((u.shape[0], *region.in_shape)).requires_grad_()
-        (result,) = torch.autograd.grad(region_apply(region, weights, x), x, u)
-    return result
 
 
 def line_count(shape: Shape) -> int:
@@ -180,7 +172,7 @@ class CompositeGram:
             basis = torch.zeros(len(some), math.prod(shape), dtype=torch.float64)
             basis[torch.arange(len(some)), some] = 1.0
             basis = basis.reshape(-1, *shape)
-            act = adjoint if form.outputs else region_apply
+            act = region_adjoint if form.outputs else region_apply
             image = by_lines(act(region, self._weights, basis), other)[:, :, form.reach[i]]
             parts.append(image.transpose(1, 2))
         made = times_power_of_two(torch.cat(parts), -self._exponent)
@@ -209,7 +201,6 @@ class CompositeGram:
 __all__ = [
     "CompositeForm",
     "CompositeGram",
-    "adjoint",
     "composite_form",
     "least_operations",
     "line_reach",

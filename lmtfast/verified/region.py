@@ -44,6 +44,7 @@ from lmtfast.verified.rounding import (
     hypot_up,
     magnitude,
     mul_up,
+    prescale_loss,
     scale_up,
     sqrt_up,
 )  # fmt: skip
@@ -136,7 +137,7 @@ def _cheapest(region: Region, weights: Weights) -> tuple[str, Cost | None]:
         return "dense", None
     if isinstance(op, Conv) and (math.prod(op.kernel) == 1 if _plain(op) else _whole(op)):
         return "dense", None
-    dense = Cost(dense_operations(region), dense_bytes(region))
+    dense = _dense_cost(region)
     if dense.operations <= FREE_OPERATIONS:
         return "dense", dense
     banded = _banded_cost(region, weights)
@@ -175,11 +176,11 @@ def _exact_proof(
     """The dense or the banded proof, where it is wanted and paid for; None where not."""
     if method == "torus":
         return None
-    name, cost = _cheapest(region, weights)
+    name, cost = _cheapest(region, weights) if method == "auto" else (method, None)
     if method == "dense":
-        name, cost = method, Cost(dense_operations(region), dense_bytes(region))
+        cost = _dense_cost(region)
     elif method == "banded":
-        name, cost = method, _banded_cost(region, weights)
+        cost = _banded_cost(region, weights)
     if cost is None or not allowance.pays(cost):
         return None
     if name == "dense":
@@ -213,6 +214,10 @@ def _geometry(op: Conv) -> Geometry:
     return Geometry(in_extent, out_extent, op.kernel, op.stride, op.dilation, low)
 
 
+def _dense_cost(region: Region) -> Cost:
+    return Cost(dense_operations(region), dense_bytes(region))
+
+
 def _banded_cost(region: Region, weights: Weights) -> Cost | None:
     """What the banded proof costs; None where the operator has no image, or is not banded."""
     op = region.primitive
@@ -242,9 +247,7 @@ def _banded(region: Region, weights: Weights) -> NormEnclosure:
         gram = CompositeGram(region, weights, composite_form(region, weights), exponent)
         squared = squared_norm_upper(gram, math.ldexp(estimate, -exponent) ** 2)
         # Scaling loses what falls below the normal range.
-        lost = mul_up(
-            sqrt_up(float(math.prod(region.in_shape) * math.prod(region.out_shape))), 2.0**-1022
-        )
+        lost = prescale_loss(math.prod(region.in_shape) * math.prod(region.out_shape))
         upper = scale_up(add_up(sqrt_up(squared), lost), exponent)
         upper = add_up(upper, applying_error_up(region, weights))
     return enclosure(upper, estimate, "banded")
