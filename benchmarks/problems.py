@@ -25,6 +25,7 @@ import lmtfast as lf
 from benchmarks.loss_peers import Distances, by_target_rows, extra_bytes, lmt_plus_plus
 from benchmarks.networks import NETWORKS, build_network, layers_of
 from lmtfast.errors import ArgumentError, BackendUnavailableError, DtypeError
+from lmtfast.level import ESTIMATE
 from lmtfast.tracing import TracedModel, trace_model
 
 EPS = 36 / 255
@@ -210,7 +211,7 @@ class MarginLoss(LossRunner):
         self.backend, self.member = backend, member
         features = self.parameters["features"]
         self.bound = lf.LipschitzBound(
-            total=features, features=features, per_operator={}, level="estimate", delta=1.0,
+            total=features, features=features, per_operator={}, level=ESTIMATE,
             slack=math.nan, method="given", head_weight=self.parameters["head"], classes=problem.k,
         )  # fmt: skip
 

@@ -32,6 +32,7 @@ from benchmarks.problems import EPS, UnavailableError, reasons
 from benchmarks.report import Row, text_table, write_rows
 from benchmarks.run import first_line
 from benchmarks.timing import Sampler, host_sampler, interleave, queued_sampler
+from lmtfast.level import ESTIMATE
 
 FILE = "training.csv"
 STEPS = 4  # of a sample by the host's clock
@@ -138,7 +139,7 @@ class TrainingStep:
 
 def _bound(features: Tensor, head: nn.Linear) -> lf.LipschitzBound:
     return lf.LipschitzBound(
-        total=features, features=features, per_operator={}, level="estimate", delta=1.0,
+        total=features, features=features, per_operator={}, level=ESTIMATE,
         slack=float("nan"), method="piggy-back", head_weight=head.weight,
         classes=head.out_features,
     )  # fmt: skip

@@ -16,6 +16,7 @@ _HOME = {
     "BoundPlan": "plan",
     "Budget": "verified.budget",
     "Certificate": "certificate",
+    "Level": "level",
     "LipschitzBound": "bound",
     "NetworkBound": "estimation",
     "attack": "attacking",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from lmtfast.guarantee import certified_bound as certified_bound
     from lmtfast.guarantee import conv_spectral_norm as conv_spectral_norm
     from lmtfast.guarantee import spectral_norm as spectral_norm
+    from lmtfast.level import Level as Level
     from lmtfast.losses import margin_cross_entropy as margin_cross_entropy
     from lmtfast.plan import BoundPlan as BoundPlan
     from lmtfast.plan import trace as trace

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lmtfast.composing import SQRT2_UP
 from lmtfast.errors import ShapeError
+from lmtfast.level import Level
 from lmtfast.verified.rounding import mul_up, prescale, times_power_of_two
 
-LEVELS = ("estimate", "probabilistic", "rigorous")
 Scalar: TypeAlias = "Tensor | float"
 
 
@@ -47,8 +47,8 @@ class LipschitzBound:
         features: Constant from input to the head's input (equal to ``total`` without a Linear
             head).
         per_operator: Spectral norm of every linear region, by qualified module name.
-        level: ``"estimate"`` (no claim), ``"probabilistic"`` or ``"rigorous"``.
-        delta: Probability that the bound is below the truth; 0 at ``rigorous``, 1 at ``estimate``.
+        level: ``"estimate"`` (no claim), ``"probabilistic"`` or ``"rigorous"``, a
+            :class:`~lmtfast.level.Level`: the weakest of the operators'.
         slack: Largest relative excess of an operator's bound over its Lanczos estimate; NaN where
             unknown, always at ``estimate``.
         method: How the norms were obtained.
@@ -78,8 +78,7 @@ class LipschitzBound:
     total: Scalar
     features: Scalar
     per_operator: Mapping[str, Scalar]
-    level: str
-    delta: float
+    level: Level
     slack: float
     method: str
     head_weight: Tensor | None = field(repr=False, default=None)
@@ -87,6 +86,14 @@ class LipschitzBound:
     methods: Mapping[str, str] = field(default_factory=dict, repr=False)
     head_row_error: Tensor | None = field(repr=False, default=None)
     norm: str = "l2"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "level", Level(self.level))
+
+    @property
+    def delta(self) -> float:
+        """Probability that the bound is below the truth; 0 at ``rigorous``, 1 at ``estimate``."""
+        return self.level.delta
 
     @property
     def pairs(self) -> Tensor:

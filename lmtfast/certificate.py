@@ -14,6 +14,7 @@ import numpy as np
 
 from lmtfast.certificate_file import OPTIONAL, decode, encode
 from lmtfast.errors import ArgumentError, CertificateError
+from lmtfast.level import Level
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,8 +47,7 @@ class Certificate:
             class can never change.
         margin_lower: Lower bound on the logit gap to the closest rival, 0 where it is not positive.
         label: True classes, ``(N,)`` int64, or None.
-        level: ``"rigorous"`` or ``"probabilistic"``.
-        delta: Probability that the bound is too small; 0 at ``"rigorous"``.
+        level: ``"rigorous"`` or ``"probabilistic"``, a :class:`~lmtfast.Level`.
         method: How the operator norms were bounded.
         requested_method: The ``method`` argument of :func:`lmtfast.certify`.
         operators: ``(name, method, norm)`` of every operator.
@@ -90,8 +90,7 @@ class Certificate:
     prediction_radius: np.ndarray = field(repr=False)
     margin_lower: np.ndarray = field(repr=False)
     label: np.ndarray | None = field(repr=False)
-    level: str
-    delta: float
+    level: Level
     method: str
     requested_method: str
     operators: tuple[tuple[str, str, float], ...] = field(repr=False)
@@ -114,6 +113,7 @@ class Certificate:
     logit_error: np.ndarray | None = field(repr=False, default=None)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "level", Level(self.level))
         for name, kind in ARRAYS.items():
             array = getattr(self, name)
             if array is None and name in OPTIONAL[1]:
@@ -123,6 +123,11 @@ class Certificate:
             object.__setattr__(self, name, fixed)
 
     # -- results -----------------------------------------------------------------------------------
+
+    @property
+    def delta(self) -> float:
+        """Probability that the bound is too small; 0 at ``"rigorous"``."""
+        return self.level.delta
 
     def _labels(self, what: str) -> np.ndarray:
         if self.label is None:
@@ -214,6 +219,7 @@ class Certificate:
         return {
             "schema": self.schema,
             "counts": self.counts,
+            "delta": self.delta,
             **{n: getattr(self, n) for n in names},
         }
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmtfast.level import Level
+
 if TYPE_CHECKING:
     from lmtfast.certificate import Certificate
 
@@ -123,6 +125,7 @@ def decode(content: bytes) -> dict[str, Any]:
         found.setdefault(name, None)
     found.update({k: _float(header[k]) for k in FLOATS})
     found.update({k: _kind(header[k], str) for k in STRINGS})
+    found["level"] = Level(found["level"], found.pop("delta"))
     found["assumptions"] = tuple(_kind(a, str) for a in _kind(header["assumptions"], list))
     found["classes"] = _kind(header["classes"], int)
     found["input_range"] = tuple(_float(x) for x in _kind(header["input_range"], list))
@@ -217,10 +220,7 @@ def _check(found: Mapping[str, Any]) -> None:
     low, high = found["input_range"]
     rules = {
         "arrays of different lengths": len({len(a) for a in arrays}) == 1,
-        "a level that certifies nothing": found["level"] in ("probabilistic", "rigorous"),
-        "a failure probability that does not fit the level": (
-            found["delta"] == 0.0 if found["level"] == "rigorous" else 0.0 < found["delta"] < 1.0
-        ),
+        "a level that certifies nothing": found["level"] != "estimate",
         "unknown semantics or norm": (found["semantics"], found["norm"]) == ("ideal", "l2"),
         "no classes": found["classes"] >= 1,
         "an input shape": bool(found["input_shape"]) and min(found["input_shape"], default=0) > 0,

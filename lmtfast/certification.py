@@ -17,7 +17,8 @@ from lmtfast.certificate import ASSUMPTIONS, PARAMETRIZED, Certificate
 from lmtfast.composing import compose_up
 from lmtfast.errors import NotCertifiedError, StalePlanError
 from lmtfast.graph import Derived
-from lmtfast.guarantee import DELTA, check_level
+from lmtfast.guarantee import check_method
+from lmtfast.level import Level
 from lmtfast.radius import PairTable, canonical_up, radius_lower
 from lmtfast.samples import Samples, check_input_range
 from lmtfast.subject import Subject, prepare, weights_sha256
@@ -44,7 +45,7 @@ def certify(
     level: str = "rigorous",
     method: str = "auto",
     budget: Budget | None = None,
-    delta: float = DELTA,
+    delta: float | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
     """Certify, for every input, a radius within which no L2 perturbation changes the class.
@@ -61,7 +62,8 @@ def certify(
         input_shape: Shape of one input, without the batch dimension.
         input_range: ``(low, high)`` of the inputs; radii are in these units. Has no default: a
             normalisation belongs into the model.
-        level: ``"rigorous"`` or ``"probabilistic"``.
+        level: ``"rigorous"`` or ``"probabilistic"``; the certificate states the weakest that any
+            operator needed.
         method, budget: As for :func:`lmtfast.certified_bound`.
         delta: Probability, over the library's own draw, that a probabilistic bound is too small.
             One draw covers all inputs.
@@ -99,16 +101,15 @@ def certify(
         >>> certificate.n_total, bool((certificate.radius >= 0).all())
         (5, True)
     """
-    check_level(level, method)
-    if level == "estimate":
+    asked = Level(level, delta)
+    check_method(method)
+    if asked == "estimate":
         raise NotCertifiedError(
             "level 'probabilistic' or 'rigorous'", "'estimate'", "certify(level)",
             "use the default: power iteration underestimates norms, so it certifies nothing",
         )  # fmt: skip
     low_high = check_input_range(input_range)
-    subject = prepare(
-        model, input_shape, low_high, level=level, delta=delta, method=method, budget=budget
-    )
+    subject = prepare(model, input_shape, low_high, level=asked, method=method, budget=budget)
     bound = subject.bound
     operators = tuple((n, m, canonical_up(x)) for n, m, x in operator_rows(bound))
     # Composed from the norms as stated, so that they follow from the certificate alone.
@@ -127,8 +128,7 @@ def certify(
         )  # fmt: skip
     return Certificate(
         **columns,
-        level=level,
-        delta=bound.delta,
+        level=bound.level,
         method=bound.method,
         requested_method=method,
         operators=operators,

@@ -21,6 +21,7 @@ from lmtfast.engines import get_engine
 from lmtfast.engines.network import rescan_iterates
 from lmtfast.errors import ArgumentError
 from lmtfast.graph import BoundGraph, Linear, Region
+from lmtfast.level import ESTIMATE
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.reading import ModelReader
 from lmtfast.state import PowerState
@@ -161,7 +162,7 @@ class NetworkBound(nn.Module):
         return LipschitzBound(
             total=total, features=features,
             per_operator=OperatorNorms(plan.index, sigmas),
-            level="estimate", delta=1.0, slack=math.nan, method=plan.method, methods=plan.methods,
+            level=ESTIMATE, slack=math.nan, method=plan.method, methods=plan.methods,
             head_weight=head_weight, classes=class_count(plan),
         )  # fmt: skip
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lmtfast.backends.reference import effective_weight, region_adjoint, region_apply
-from lmtfast.bound import LEVELS, LipschitzBound
+from lmtfast.bound import LipschitzBound
 from lmtfast.composing import compose_up
 from lmtfast.errors import (
     ArgumentError,
@@ -24,6 +25,7 @@ from lmtfast.errors import (
 )  # fmt: skip
 from lmtfast.estimation import NetworkBound, class_count, head_matrix
 from lmtfast.graph import Linear, Operator, Region
+from lmtfast.level import RIGOROUS, Level, weakest
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.tracing import trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
@@ -31,7 +33,7 @@ from lmtfast.verified.budget import Allowance, Budget
 from lmtfast.verified.matrix import NormEnclosure, enclosure
 from lmtfast.verified.moment import moment_norm_upper
 from lmtfast.verified.region import METHODS, allowances, lanczos_norm, operator_norm_upper
-from lmtfast.verified.rounding import frobenius_up, gamma_up, next_up
+from lmtfast.verified.rounding import div_down, frobenius_up, gamma_up, next_up
 from lmtfast.verified.weight_error import (
     absolute,
     check_weights,
@@ -40,7 +42,6 @@ from lmtfast.verified.weight_error import (
 )  # fmt: skip
 from lmtfast.weights import Weights, named_tensors
 
-DELTA = 2.0**-100
 # With a larger relative error of a product the moment bound's allowance would eat its threshold.
 LARGEST_PRODUCT_ERROR = 2.0**-31
 # The ``method`` of an enclosure, and which ``method`` to ask for to get it again.
@@ -51,12 +52,8 @@ PROVED_BY = {
 }
 
 
-def check_level(level: str, method: str = "auto") -> None:
-    """Refuse a level or method that does not exist."""
-    if level not in LEVELS:
-        raise ArgumentError(
-            f"a level, one of {', '.join(LEVELS)}", repr(level), "level", "pick one"
-        )
+def check_method(method: str) -> None:
+    """Refuse a method that does not exist."""
     if method not in METHODS:
         raise ArgumentError(
             f"a method, one of {', '.join(METHODS)}", repr(method), "method", "pick one"
@@ -90,7 +87,7 @@ def certified_bound(
     input_shape: Sequence[int],
     *,
     level: str = "rigorous",
-    delta: float = DELTA,
+    delta: float | None = None,
     method: str = "auto",
     budget: Budget | None = None,
 ) -> LipschitzBound:
@@ -103,8 +100,11 @@ def certified_bound(
         model: Module in eval mode that :func:`lmtfast.trace` accepts; any floating dtype, any
             device.
         input_shape: Shape of one input, without the batch dimension.
-        level: ``"rigorous"``, ``"probabilistic"``, or ``"estimate"`` (a converged estimate).
-        delta: Probability, over the library's own draw, that a probabilistic bound is too small.
+        level: ``"rigorous"``, ``"probabilistic"``, or ``"estimate"`` (a converged estimate), or a
+            :class:`~lmtfast.Level`. The bound's own level is the weakest of its operators': a
+            network of closed forms is rigorous whatever was asked for.
+        delta: Probability, over the library's own draw, that a probabilistic bound is too small,
+            summed over the operators; by default the level's, 2^-100.
         method: ``"auto"``; ``"dense"``, ``"banded"`` or ``"torus"`` insist on one proof for every
             operator that it can treat.
         budget: What exact proofs may cost together, by default two minutes of two cores; operators
@@ -139,21 +139,21 @@ def certified_bound(
         >>> 4.0 <= bound.total < 4.0 * (1 + 1e-9)
         True
     """
-    check_level(level, method)
+    asked = Level(level, delta)
+    check_method(method)
     check_certifiable(model)
-    if level == "estimate":
+    if asked == "estimate":
         return NetworkBound(model, input_shape, engine="operator").rescan()
     graph = trace_model(model, input_shape).graph
     plan = make_plan(model, graph, engine="operator", backend="reference")
-    return plan_bound(plan, model, level=level, delta=delta, method=method, budget=budget)
+    return plan_bound(plan, model, level=asked, method=method, budget=budget)
 
 
 def plan_bound(
     plan: BoundPlan,
     model: nn.Module,
     *,
-    level: str,
-    delta: float = DELTA,
+    level: Level,
     method: str = "auto",
     budget: Budget | None = None,
     proofs: Mapping[str, str] | None = None,
@@ -167,15 +167,14 @@ def plan_bound(
     ensure_arithmetic(torch.device("cpu"))
     tensors = named_tensors(model) if tensors is None else tensors
     weights = Weights({n: t.detach().cpu() for n, t in tensors.items()}, dtype=torch.float64)
-    if level == "probabilistic" and not 0.0 < delta < 1.0:
-        raise ArgumentError(
-            "a probability in (0, 1)", repr(delta), "delta", "use the default 2**-100"
-        )
     with torch.no_grad():
-        share = delta / max(1, len(plan.operators))
+        share = level
+        if level.delta > 0.0:
+            drawn = sum(not _closed(o) for o in plan.operators)
+            share = Level(level, div_down(level.delta, float(max(1, drawn))))
         ways = _ways(plan.operators, weights, method, budget or Budget(), proofs)
         norms = [
-            _norm(o, weights, level, share, how, allowance)
+            _norm(o, weights, share, how, allowance)
             for o, (how, allowance) in zip(plan.operators, ways, strict=True)
         ]
         values = compose_up(plan.graph.tape, [n.upper for n in norms])
@@ -187,7 +186,8 @@ def plan_bound(
         total=values[plan.graph.total],
         features=values[plan.graph.features],
         per_operator=dict(zip(names, (n.upper for n in norms), strict=True)),
-        level=level, delta=delta if level == "probabilistic" else 0.0,
+        # The shares add up to at most what was asked for, which verifying asks for again.
+        level=level if weakest(n.level for n in norms) == level else RIGOROUS,
         slack=max(slacks, default=0.0), method=", ".join(sorted(set(methods.values()))),
         methods=methods, head_weight=head_weight, head_row_error=head_error,
         classes=class_count(plan),
@@ -212,16 +212,19 @@ def _ways(
     return ways
 
 
+def _closed(operator: Operator) -> bool:
+    """Whether a proof costs so little that nothing is drawn for it."""
+    return not isinstance(operator, Region) or operator.kind in ("scale", "linear")
+
+
 def _norm(
     operator: Operator,
     weights: Weights,
-    level: str,
-    delta: float,
+    level: Level,
     method: str,
     allowance: Allowance,
 ) -> NormEnclosure:
-    closed = not isinstance(operator, Region) or operator.kind in ("scale", "linear")
-    if level == "rigorous" or closed:
+    if level == "rigorous" or _closed(operator):
         return operator_norm_upper(operator, weights, method=method, allowance=allowance)
     assert isinstance(operator, Region)
     region = operator
@@ -237,8 +240,10 @@ def _norm(
     if not error <= LARGEST_PRODUCT_ERROR:
         # Weights that cancel or leave the range: products say too little, a proof says enough.
         return operator_norm_upper(operator, weights, method=method, allowance=allowance)
-    upper = moment_norm_upper(apply, adjoint, region.in_shape, delta=delta, product_error=error)
-    return enclosure(upper, lanczos_norm(region, weights), "moment")
+    upper = moment_norm_upper(
+        apply, adjoint, region.in_shape, delta=level.delta, product_error=error
+    )
+    return replace(enclosure(upper, lanczos_norm(region, weights), "moment"), level=level)
 
 
 def _head(plan: BoundPlan, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
@@ -262,7 +267,11 @@ def _head(plan: BoundPlan, weights: Weights) -> tuple[Tensor | None, Tensor | No
 
 
 def spectral_norm(
-    module: nn.Module, input_shape: Sequence[int], *, level: str = "rigorous", delta: float = DELTA
+    module: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    level: str = "rigorous",
+    delta: float | None = None,
 ) -> LipschitzBound:
     """Spectral norm of a module that is one linear map: a layer, or layers with their batch norms.
 
@@ -294,7 +303,7 @@ def spectral_norm(
         >>> norm.level
         'rigorous'
     """
-    check_level(level)
+    asked = Level(level, delta)
     check_certifiable(module)
     graph = trace_model(module, input_shape).graph
     plan = make_plan(module, graph, engine="operator", backend="reference")
@@ -310,8 +319,8 @@ def spectral_norm(
             "a module that is one linear map", f"{len(graph.operators)} operators, nonlinear",
             type(module).__name__, "use certified_bound for networks",
         )  # fmt: skip
-    if level != "estimate":
-        return plan_bound(plan, module, level=level, delta=delta)
+    if asked != "estimate":
+        return plan_bound(plan, module, level=asked)
     estimate = NetworkBound(module, input_shape, engine="operator")
     estimate.rescan()
     return estimate(update=False)

@@ -17,7 +17,8 @@ from lmtfast.bound import LipschitzBound
 from lmtfast.closed_form import cisse, corollary_1, has_closed_form
 from lmtfast.estimation import NetworkBound
 from lmtfast.graph import Conv, Operator, Region
-from lmtfast.guarantee import check_certifiable, check_level, plan_bound
+from lmtfast.guarantee import check_certifiable, check_method, plan_bound
+from lmtfast.level import Level
 from lmtfast.plan import trace
 from lmtfast.verified.budget import Budget
 from lmtfast.weights import Weights, named_tensors
@@ -104,14 +105,15 @@ def layer_bounds(
         ['conv', 'conv', 'linear', 'linear']
     """
     started = time.perf_counter()
-    if level == "estimate":
+    asked = Level(level)
+    if asked == "estimate":
         network = NetworkBound(model, input_shape, engine=engine)
         plan, bound = network.plan, network.converge(ESTIMATE_STEPS)
     else:
-        check_level(level, method)
+        check_method(method)
         check_certifiable(model)
         plan = trace(model, input_shape)
-        bound = plan_bound(plan, model, level=level, method=method, budget=budget)
+        bound = plan_bound(plan, model, level=asked, method=method, budget=budget)
     weights = Weights(named_tensors(model), dtype=torch.float64)
     layers = tuple(_layer(operator, bound, weights) for operator in plan.operators)
     return LayerBounds(layers, bound, time.perf_counter() - started)

@@ -138,7 +138,7 @@ def _end(radii: np.ndarray, accuracy: np.ndarray) -> float:
 def caption(certificates: Sequence[Certificate]) -> str:
     """One line per kind of certificate: level, method, norm, number of inputs, input range."""
     lines = {
-        f"level {c.level}, method {c.header.get('method', 'unknown')}, L2 norm, "
+        f"level {c.level.label}, method {c.header.get('method', 'unknown')}, L2 norm, "
         f"{len(c.radius)} inputs in {c.header.get('input_range', 'an undeclared range')}": None
         for c in certificates
     }

@@ -19,6 +19,7 @@ from lmtfast.errors import NotCertifiedError, ShapeError
 from lmtfast.exporting import ASSERTIONS
 from lmtfast.graph import Conv, Region
 from lmtfast.guarantee import check_certifiable, plan_bound
+from lmtfast.level import Level
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.tracing import TracedModel, trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
@@ -56,8 +57,7 @@ def prepare(
     input_shape: Sequence[int],
     input_range: tuple[float, float],
     *,
-    level: str,
-    delta: float,
+    level: Level,
     method: str,
     budget: Budget | None = None,
     proofs: Mapping[str, str] | None = None,
@@ -84,8 +84,7 @@ def prepare(
     compare(model, traced, input_range)
     plan = make_plan(model, traced.graph, engine="operator", backend="reference")
     bound = plan_bound(
-        plan, model, level=level, delta=delta, method=method, budget=budget, proofs=proofs,
-        tensors=tensors,
+        plan, model, level=level, method=method, budget=budget, proofs=proofs, tensors=tensors,
     )  # fmt: skip
     norms = {n: float(v) for n, v in bound.per_operator.items()}
     enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)

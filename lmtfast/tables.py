@@ -12,6 +12,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from lmtfast.errors import ArgumentError
+
 if TYPE_CHECKING:
     from lmtfast.attack_report import AttackReport
     from lmtfast.certificate import Certificate
@@ -34,12 +36,21 @@ PACKAGES = (
 def certificate_table(
     certificates: Mapping[str, Certificate], radii: Sequence[float], *, title: str
 ) -> Table:
-    """One column per certificate: accuracy, certified accuracy at each radius, median radius."""
+    """One column per certificate: accuracy, certified accuracy at each radius, median radius.
+
+    Raises:
+        ArgumentError: The certificates are of different levels.
+    """
+    several = list(certificates.values())
+    if len(found := {c.level for c in several}) > 1:
+        raise ArgumentError(
+            "certificates of one level", ", ".join(sorted(found)), "certificate_table",
+            "certify at the same level what is to be compared",
+        )  # fmt: skip
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("training")
     for name in certificates:
         table.add_column(name, justify="right")
-    several = list(certificates.values())
     table.add_row("inputs", *(str(len(c.radius)) for c in several))
     table.add_row("correct, %", *(_percent(float(np.mean(c.correct))) for c in several))
     for radius in radii:
@@ -47,7 +58,7 @@ def certificate_table(
         table.add_row(f"certified at {radius:g}, %", *shares)
     table.add_row("median certified radius", *(f"{c.median_radius:.4f}" for c in several))
     table.add_row("Lipschitz constant", *(f"{c.total:.4g}" for c in several))
-    table.add_row("level", *(c.level for c in several))
+    table.add_row("level", *(c.level.label for c in several))
     table.caption = "certified: correct, and no L2 change up to the radius alters the class"
     return table
 
@@ -80,7 +91,7 @@ def attack_table(report: AttackReport, *, title: str) -> Table:
 def layer_table(result: LayerBounds) -> Table:
     """One row per operator, the bound of the network below."""
     bound = result.bound
-    table = Table(title=f"Spectral norms, level {bound.level}", box=box.SIMPLE_HEAD)
+    table = Table(title=f"Spectral norms, level {bound.level.label}", box=box.SIMPLE_HEAD)
     for column in ("name", "kind", "input", "output"):
         table.add_column(column, overflow="fold")
     for column in ("norm", "Cor. 1", "Cisse"):

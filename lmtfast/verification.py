@@ -48,8 +48,7 @@ def verify_certificate(certificate: Certificate, model: nn.Module, data: Any = N
         return ["the weights are not the certified ones (another SHA-256)"]
     subject = prepare(
         model, certificate.input_shape, certificate.input_range,
-        level=certificate.level, delta=certificate.delta or 0.5,
-        method=certificate.requested_method,
+        level=certificate.level, method=certificate.requested_method,
         proofs={name: method for name, method, _ in certificate.operators},
     )  # fmt: skip
     findings: list[str] = []

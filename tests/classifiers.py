@@ -36,7 +36,6 @@ def hand_made(weight: Tensor, features: float = 1.0, **fields: Any) -> Lipschitz
         "features": features,
         "per_operator": {},
         "level": "rigorous",
-        "delta": 0.0,
         "slack": 0.0,
         "method": "by hand",
         "head_weight": weight,

@@ -397,7 +397,7 @@ def prepared_once(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     key = "rigorous"
     if key not in PREPARED:
         PREPARED[key] = verification.prepare(
-            network, SHAPE, (0.0, 1.0), level="rigorous", delta=0.5, method="auto"
+            network, SHAPE, (0.0, 1.0), level=lf.Level("rigorous"), method="auto"
         )
     monkeypatch.setattr(verification, "prepare", lambda *_, **__: PREPARED[key])
 

@@ -199,11 +199,17 @@ def test_narrow_inputs_and_weights_are_taken_exactly(dtype: torch.dtype) -> None
 
 def test_probabilistic_certificates_carry_delta() -> None:
     torch.manual_seed(9)
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    x = torch.rand(6, 3)
+    model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)).eval()
+    x = torch.rand(6, 1, 3)
     result = certified(model, x, level="probabilistic", delta=1e-6)
     assert (result.level, result.delta) == ("probabilistic", 1e-6)
     assert certified(model, x).delta == 0.0
+
+
+def test_a_certificate_of_closed_forms_is_rigorous_whatever_was_asked() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    result = certified(model, torch.rand(2, 3), level=lf.Level("probabilistic", 1e-6))
+    assert (result.level, result.delta) == ("rigorous", 0.0)
 
 
 class Changing:

@@ -18,6 +18,7 @@ import lmtfast as lf
 from lmtfast.enclosure import ERROR_RULES, LogitEnclosure, enclose
 from lmtfast.errors import NotCertifiedError
 from lmtfast.guarantee import plan_bound
+from lmtfast.level import RIGOROUS
 from lmtfast.models import build_model
 from lmtfast.plan import make_plan
 from lmtfast.rules.registry import MODULE_RULES, OPERATION_RULES
@@ -40,7 +41,7 @@ def randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def certified_norms(model: nn.Module, traced: TracedModel) -> Mapping[str, Any]:
     plan = make_plan(model, traced.graph, engine="operator", backend="reference")
-    return plan_bound(plan, model, level="rigorous").per_operator
+    return plan_bound(plan, model, level=RIGOROUS).per_operator
 
 
 def check_inside(model: nn.Module, x: Tensor, value: Tensor, error: Tensor) -> None:

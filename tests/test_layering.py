@@ -25,6 +25,7 @@ LONGEST = {PACKAGE / "check.py": 500}
 LAYERS = {
     "errors": 0,
     "graph": 0,
+    "level": 0,
     "kernels": 0,
     "table": 0,
     "backends": 1,

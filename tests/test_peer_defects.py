@@ -56,7 +56,6 @@ def test_defect_02_ties_are_never_certified() -> None:
         features=1e-30,
         per_operator={},
         level="rigorous",
-        delta=0.0,
         slack=0.0,
         method="by hand",
         head_weight=torch.randn(3, 2).double(),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lmtfast.errors import ArgumentError, MissingDependencyError
+from lmtfast.level import Level
 from lmtfast.plot import caption, certified_curve, plot_certificates
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -18,7 +19,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def certificate(radius, correct, method="cholesky"):
     header = {"method": method, "input_range": [0.0, 1.0]}
     return SimpleNamespace(
-        radius=np.array(radius), correct=np.array(correct), level="rigorous", header=header
+        radius=np.array(radius), correct=np.array(correct), level=Level("rigorous"), header=header
     )
 
 

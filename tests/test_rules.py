@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lmtfast as lf
 from lmtfast.errors import LmtfastError, NotCertifiedError, UnsupportedLayerError
 from lmtfast.guarantee import plan_bound
+from lmtfast.level import RIGOROUS
 from lmtfast.rules import OPERATION_RULES
 from lmtfast.rules.copying import COPYING
 from lmtfast.tracing import trace_model
@@ -55,7 +56,7 @@ def layer_bounds(layers: tuple[Layer, ...]) -> list[float]:
     """The rigorous bound of every layer. A layer is a chain, so its bound is a product."""
     net = Parallel(list(layers)).eval()
     plan = lf.trace(net, (net.length,))
-    bound = plan_bound(plan, net, level="rigorous")
+    bound = plan_bound(plan, net, level=RIGOROUS)
     notes = [(n, c) for n, _, c in plan.graph.notes]
     uppers = []
     for i in range(len(layers)):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lmtfast.errors import ArgumentError, ShapeError
+from lmtfast.level import RIGOROUS, Level
 from lmtfast.verified.residual import ResidualSweep, chunk_size
 from lmtfast.verified.rounding import (
     add_up,
@@ -37,12 +38,14 @@ class NormEnclosure:
             and the infinity-norm), ``"zero"`` or ``"empty"``.
         slack: Relative excess ``upper / lower - 1`` as far as ``lower`` can be believed; 0.0 where
             both are zero.
+        level: What ``upper`` claims.
     """
 
     upper: float
     lower: float
     method: str
     slack: float
+    level: Level = RIGOROUS
 
 
 def enclosure(upper: float, lower: float, method: str) -> NormEnclosure:
