@@ -20,8 +20,7 @@ from lmtfast.guarantee import check_certifiable
 from lmtfast.judgement import CHANGED, KEPT, UNDECIDED, Judge, along, inside, lengths
 from lmtfast.polish import polish
 from lmtfast.samples import Samples
-from lmtfast.subject import weights_sha256
-from lmtfast.weights import named_tensors
+from lmtfast.weights import named_tensors, weights_sha256
 
 SLOW_INPUTS = 1000
 BATCH = 250

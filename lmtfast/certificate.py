@@ -29,6 +29,10 @@ ASSUMPTIONS = (
     "A5: float64 elementwise functions are accurate to 4 units in the last place",
 )
 PARAMETRIZED = "weights derived by parametrizations are taken as float64 computes them"
+HASHED = (
+    "the draw is expanded from SHA-256 of weights, network and settings, which is taken for "
+    "random; a search over T of them multiplies delta by T"
+)
 ARRAYS = {
     "label": np.int64, "logit_error": np.float64, "logits": np.float64, "margin_lower": np.float64,
     "prediction": np.int64, "prediction_radius": np.float64,

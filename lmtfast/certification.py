@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.bound import LipschitzBound
-from lmtfast.certificate import ASSUMPTIONS, PARAMETRIZED, Certificate
+from lmtfast.certificate import ASSUMPTIONS, HASHED, PARAMETRIZED, Certificate
 from lmtfast.composing import compose_up
 from lmtfast.errors import NotCertifiedError, StalePlanError
 from lmtfast.graph import Derived
@@ -21,10 +21,11 @@ from lmtfast.guarantee import check_method
 from lmtfast.level import Level
 from lmtfast.radius import PairTable, canonical_up, radius_lower
 from lmtfast.samples import Samples, check_input_range
-from lmtfast.subject import Subject, prepare, weights_sha256
+from lmtfast.subject import Subject, prepare
 from lmtfast.verified.budget import Budget
+from lmtfast.verified.drawn import METHOD_OF
 from lmtfast.verified.rounding import mul_up
-from lmtfast.weights import named_tensors
+from lmtfast.weights import named_tensors, weights_sha256
 
 # Enclosures computed elsewhere have other roundings, each within its own error of the truth. With
 # three times the error here, theirs with one still reaches the certified margin.
@@ -46,6 +47,7 @@ def certify(
     method: str = "auto",
     budget: Budget | None = None,
     delta: float | None = None,
+    draw: str = "fresh",
     progress: Progress | None = None,
 ) -> Certificate:
     """Certify, for every input, a radius within which no L2 perturbation changes the class.
@@ -67,6 +69,7 @@ def certify(
         method, budget: As for :func:`lmtfast.certified_bound`.
         delta: Probability, over the library's own draw, that a probabilistic bound is too small.
             One draw covers all inputs.
+        draw: Where that draw comes from, as for :func:`lmtfast.certified_bound`.
         progress: Called as ``progress(done, total)`` after every chunk; ``total`` is None for
             iterables.
 
@@ -109,7 +112,9 @@ def certify(
             "use the default: power iteration underestimates norms, so it certifies nothing",
         )  # fmt: skip
     low_high = check_input_range(input_range)
-    subject = prepare(model, input_shape, low_high, level=asked, method=method, budget=budget)
+    subject = prepare(
+        model, input_shape, low_high, level=asked, method=method, budget=budget, draw=draw
+    )
     bound = subject.bound
     operators = tuple((n, m, canonical_up(x)) for n, m, x in operator_rows(bound))
     # Composed from the norms as stated, so that they follow from the certificate alone.
@@ -195,7 +200,8 @@ def _stated(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
 def assumptions(subject: Subject) -> tuple[str, ...]:
     """What the radii rest on."""
     parametrized = any(isinstance(ref, Derived) for ref in subject.enclosure.references)
-    return (*ASSUMPTIONS, PARAMETRIZED) if parametrized else ASSUMPTIONS
+    hashed = METHOD_OF["hash"] in subject.bound.methods.values()
+    return (*ASSUMPTIONS, *[PARAMETRIZED] * parametrized, *[HASHED] * hashed)
 
 
 def head_sha256(bound: LipschitzBound) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lmtfast.backends.reference import effective_weight, region_adjoint, region_apply
+from lmtfast.backends.reference import effective_weight
 from lmtfast.bound import LipschitzBound
 from lmtfast.composing import compose_up
 from lmtfast.errors import (
@@ -30,20 +29,13 @@ from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.tracing import trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
 from lmtfast.verified.budget import Allowance, Budget
-from lmtfast.verified.matrix import NormEnclosure, enclosure
-from lmtfast.verified.moment import moment_norm_upper
-from lmtfast.verified.region import METHODS, allowances, lanczos_norm, operator_norm_upper
+from lmtfast.verified.drawn import check_draw, drawn_norm_upper
+from lmtfast.verified.matrix import NormEnclosure
+from lmtfast.verified.region import METHODS, allowances, operator_norm_upper
 from lmtfast.verified.rounding import div_down, frobenius_up, gamma_up, next_up
-from lmtfast.verified.weight_error import (
-    absolute,
-    check_weights,
-    product_error_up,
-    weight_roundings,
-)  # fmt: skip
-from lmtfast.weights import Weights, named_tensors
+from lmtfast.verified.weight_error import absolute, weight_roundings
+from lmtfast.weights import Weights, named_tensors, weights_sha256
 
-# With a larger relative error of a product the moment bound's allowance would eat its threshold.
-LARGEST_PRODUCT_ERROR = 2.0**-31
 # The ``method`` of an enclosure, and which ``method`` to ask for to get it again.
 PROVED_BY = {
     **dict.fromkeys(("cholesky", "dense", "empty", "frobenius", "row-column", "zero"), "dense"),
@@ -90,6 +82,7 @@ def certified_bound(
     delta: float | None = None,
     method: str = "auto",
     budget: Budget | None = None,
+    draw: str = "fresh",
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant with a guarantee.
 
@@ -110,6 +103,9 @@ def certified_bound(
         budget: What exact proofs may cost together, by default two minutes of two cores; operators
             beyond it get the looser torus bound or a composition. ``methods`` of the result says
             which.
+        draw: Where a probabilistic bound has its randomness: ``"fresh"`` from the operating system,
+            or ``"hash"`` from SHA-256 of weights, network and settings. The latter repeats, and
+            needs ``delta`` of at most 2^-100.
 
     Returns:
         The bound; floats, and ``head_weight`` in float64.
@@ -119,7 +115,8 @@ def certified_bound(
         NonFiniteError: A weight or buffer holds NaN or infinity.
         UnsupportedLayerError: A part has no Lipschitz rule.
         NotCertifiedError: The machine's arithmetic is not IEEE 754, or weights are too extreme.
-        ArgumentError: Unknown level or method, or a method that does not fit an operator.
+        ArgumentError: Unknown level, method or draw, a method that does not fit an operator, or a
+            draw from a hash with a larger ``delta``.
 
     Guarantee:
         As ``level`` says, for the exact real function of the stored parameters in inference form.
@@ -146,7 +143,7 @@ def certified_bound(
         return NetworkBound(model, input_shape, engine="operator").rescan()
     graph = trace_model(model, input_shape).graph
     plan = make_plan(model, graph, engine="operator", backend="reference")
-    return plan_bound(plan, model, level=asked, method=method, budget=budget)
+    return plan_bound(plan, model, level=asked, method=method, budget=budget, draw=draw)
 
 
 def plan_bound(
@@ -156,6 +153,7 @@ def plan_bound(
     level: Level,
     method: str = "auto",
     budget: Budget | None = None,
+    draw: str = "fresh",
     proofs: Mapping[str, str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> LipschitzBound:
@@ -163,6 +161,7 @@ def plan_bound(
 
     ``proofs`` names how an earlier bound proved each operator; it is done again that way.
     """
+    check_draw(draw, level)
     plan.check_fresh(model)
     ensure_arithmetic(torch.device("cpu"))
     tensors = named_tensors(model) if tensors is None else tensors
@@ -172,9 +171,11 @@ def plan_bound(
         if level.delta > 0.0:
             drawn = sum(not _closed(o) for o in plan.operators)
             share = Level(level, div_down(level.delta, float(max(1, drawn))))
+        commitment = (weights_sha256(tensors), plan.fingerprint) if draw == "hash" else ()
+        drawing = {"draw": draw, "commitment": commitment, "confirming": proofs is not None}
         ways = _ways(plan.operators, weights, method, budget or Budget(), proofs)
         norms = [
-            _norm(o, weights, share, how, allowance)
+            _norm(o, weights, how, allowance, share, drawing)
             for o, (how, allowance) in zip(plan.operators, ways, strict=True)
         ]
         values = compose_up(plan.graph.tape, [n.upper for n in norms])
@@ -220,30 +221,17 @@ def _closed(operator: Operator) -> bool:
 def _norm(
     operator: Operator,
     weights: Weights,
-    level: Level,
     method: str,
     allowance: Allowance,
+    share: Level,
+    drawing: Mapping[str, Any],
 ) -> NormEnclosure:
-    if level == "rigorous" or _closed(operator):
-        return operator_norm_upper(operator, weights, method=method, allowance=allowance)
-    assert isinstance(operator, Region)
-    region = operator
-    check_weights(region, weights)
-
-    def apply(x: Tensor) -> Tensor:
-        return region_apply(region, weights, x)
-
-    def adjoint(u: Tensor) -> Tensor:
-        return region_adjoint(region, weights, u)
-
-    error = product_error_up(region, weights, apply, adjoint)
-    if not error <= LARGEST_PRODUCT_ERROR:
-        # Weights that cancel or leave the range: products say too little, a proof says enough.
-        return operator_norm_upper(operator, weights, method=method, allowance=allowance)
-    upper = moment_norm_upper(
-        apply, adjoint, region.in_shape, delta=level.delta, product_error=error
-    )
-    return replace(enclosure(upper, lanczos_norm(region, weights), "moment"), level=level)
+    if share == "probabilistic" and not _closed(operator):
+        assert isinstance(operator, Region)
+        found = drawn_norm_upper(operator, weights, level=share, **drawing)
+        if found is not None:
+            return found
+    return operator_norm_upper(operator, weights, method=method, allowance=allowance)
 
 
 def _head(plan: BoundPlan, weights: Weights) -> tuple[Tensor | None, Tensor | None]:

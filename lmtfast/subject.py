@@ -24,7 +24,7 @@ from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.tracing import TracedModel, trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
 from lmtfast.verified.budget import Budget
-from lmtfast.weights import constant_ref, named_tensors
+from lmtfast.weights import constant_ref, named_tensors, weights_sha256
 
 # float64 entries a chunk of samples may need at once, unfolded windows of a convolution included.
 CHUNK_ENTRIES = 1 << 26
@@ -60,6 +60,7 @@ def prepare(
     level: Level,
     method: str,
     budget: Budget | None = None,
+    draw: str = "fresh",
     proofs: Mapping[str, str] | None = None,
 ) -> Subject:
     """Trace, check and bound a model; the bound is computed once. ``proofs`` as for
@@ -84,7 +85,8 @@ def prepare(
     compare(model, traced, input_range)
     plan = make_plan(model, traced.graph, engine="operator", backend="reference")
     bound = plan_bound(
-        plan, model, level=level, method=method, budget=budget, proofs=proofs, tensors=tensors,
+        plan, model, level=level, method=method, budget=budget, draw=draw, proofs=proofs,
+        tensors=tensors,
     )  # fmt: skip
     norms = {n: float(v) for n, v in bound.per_operator.items()}
     enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)
@@ -128,19 +130,6 @@ def compare(model: nn.Module, traced: TracedModel, input_range: tuple[float, flo
             "remove overridden __call__, state that changes between calls and other Python tricks; "
             "for an overflow use float32 weights",
         )  # fmt: skip
-
-
-def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of all parameters and buffers: name, dtype, shape and bytes, sorted by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        for part in (name, str(tensor.dtype), str(tuple(tensor.shape))):
-            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
-        digest.update(tensor.numel().to_bytes(8, "little"))
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def program_sha256(plan: BoundPlan, traced: TracedModel) -> str:

@@ -12,8 +12,9 @@ from lmtfast.certificate import Certificate
 from lmtfast.certification import assumptions, head_sha256, operator_rows, sample_radii
 from lmtfast.guarantee import check_certifiable
 from lmtfast.samples import Samples
-from lmtfast.subject import prepare, weights_sha256
-from lmtfast.weights import named_tensors
+from lmtfast.subject import prepare
+from lmtfast.verified.drawn import METHOD_OF
+from lmtfast.weights import named_tensors, weights_sha256
 
 
 def verify_certificate(certificate: Certificate, model: nn.Module, data: Any = None) -> list[str]:
@@ -46,10 +47,11 @@ def verify_certificate(certificate: Certificate, model: nn.Module, data: Any = N
     check_certifiable(model)
     if weights_sha256(named_tensors(model)) != certificate.weights_sha256:
         return ["the weights are not the certified ones (another SHA-256)"]
+    proofs = {name: method for name, method, _ in certificate.operators}
     subject = prepare(
         model, certificate.input_shape, certificate.input_range,
         level=certificate.level, method=certificate.requested_method,
-        proofs={name: method for name, method, _ in certificate.operators},
+        draw="hash" if METHOD_OF["hash"] in proofs.values() else "fresh", proofs=proofs,
     )  # fmt: skip
     findings: list[str] = []
     described = certificate.network is not None

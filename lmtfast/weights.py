@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,19 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     return tensors
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of all parameters and buffers: name, dtype, shape and bytes, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        for part in (name, str(tensor.dtype), str(tuple(tensor.shape))):
+            digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
+        digest.update(tensor.numel().to_bytes(8, "little"))
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def operation(target: str) -> Any:

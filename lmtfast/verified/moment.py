@@ -27,17 +27,17 @@ _OUTWARD = (
 )  # covers the logarithms and norms of the last line, each good to 2^-45 at worst
 
 
-def normal_draw(shape: Sequence[int]) -> torch.Tensor:
-    """Float64 standard normal numbers made from operating-system entropy by the Box-Muller map.
+def normal_draw(
+    shape: Sequence[int], entropy: Callable[[int], bytes] = secrets.token_bytes
+) -> torch.Tensor:
+    """Float64 standard normal numbers made from random bytes by the Box-Muller map.
 
     The radius keeps its relative precision at both ends: a fair bit decides whether the 106-bit
     number w in (0, 1/2] is the uniform itself or its distance from 1.
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2
-    words = torch.frombuffer(
-        bytearray(secrets.token_bytes(24 * max(1, pairs))), dtype=torch.int64
-    ).view(-1, 3)
+    words = torch.frombuffer(bytearray(entropy(24 * max(1, pairs))), dtype=torch.int64).view(-1, 3)
     high, low, turn = (((words >> 11) & ((1 << 53) - 1)).to(torch.float64)).unbind(1)
     w = (high + (low + 0.5) * 2.0**-53) * 2.0**-54
     exponential = torch.where(words[:, 2] % 2 == 0, -torch.log(w), -torch.log1p(-w))
@@ -57,6 +57,7 @@ def moment_norm_upper(
     iterations: int = 100,
     device: torch.device | str = "cpu",
     product_error: float = 0.0,
+    entropy: Callable[[int], bytes] = secrets.token_bytes,
 ) -> float:
     r"""Bound an operator norm from above with failure probability at most ``delta``.
 
@@ -84,6 +85,7 @@ def moment_norm_upper(
         iterations: Rounds k of operator and adjoint.
         device: Where the operator lives.
         product_error: Bound on the relative error of a product where it exceeds ``PRODUCT_ERROR``.
+        entropy: Where the random bytes come from, the operating system by default.
 
     Returns:
         The bound as a float; 0.0 if the operator annihilates every probe or the input is empty.
@@ -96,8 +98,8 @@ def moment_norm_upper(
 
     Guarantee:
         Probabilistic: for every fixed operator the bound is below the true norm with probability at
-        most ``delta`` over this call's own draw. Assumes (a) the operating system's random bytes
-        are uniform and independent, (b) every product errs by at most ``PRODUCT_ERROR * norm *
+        most ``delta`` over this call's own draw. Assumes (a) the random bytes are uniform and
+        independent, (b) every product errs by at most ``PRODUCT_ERROR * norm *
         |x|`` (2^-35, or ``product_error``; no underflow, so scale weights near 1), (c) logarithm,
         sine and cosine in float64 within four units, so that the draw is within 2^-45 |g| of a
         normal vector.
@@ -130,7 +132,7 @@ def moment_norm_upper(
             f"use at least {math.ceil(math.log(delta) / math.log(_SMALLEST_SHARE))} probes",
         )
     ensure_arithmetic(torch.device(device))
-    x = normal_draw((probes, *in_shape)).to(device)
+    x = normal_draw((probes, *in_shape), entropy).to(device)
     norms = torch.linalg.vector_norm(x.reshape(probes, -1), dim=1)
     step = 2.1 * max(PRODUCT_ERROR, product_error)
     allowance = step * iterations * (1.0 + step) ** iterations + _DRAW_ERROR
