@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lmtfast as lf
+from lmtfast.guarantee import plan_bound
 from tests.oracles import conv_matrix
 
 Shape = tuple[int, ...]
@@ -73,6 +76,28 @@ class Layer:
     shape: Shape
     matrix: Callable[[], np.ndarray] = field(repr=False)
     exact: bool = True  # whether the matrix holds the operator's entries without any rounding
+
+
+def _belongs(name: str, layer: int) -> bool:
+    stem = f"layers.{layer}"
+    return all(part.split("#")[0].startswith((f"{stem}.", f"{stem}+")) or part.split("#")[0] == stem
+               for part in name.split("+"))  # fmt: skip
+
+
+def layer_bounds(layers: Sequence[Layer], *ways: Mapping[str, Any]) -> list[list[float]]:
+    """The bounds of every layer from one trace: per way, the options of ``plan_bound``.
+
+    A layer is a chain, so its bound is a product.
+    """
+    net = Parallel(list(layers)).eval()
+    plan = lf.trace(net, (net.length,))
+    notes = [(n, c) for n, _, c in plan.graph.notes]
+    found = []
+    for way in ways:
+        norms = plan_bound(plan, net, **{"level": "rigorous", **way}).per_operator
+        parts = (*norms.items(), *notes)
+        found.append([math.prod(c for n, c in parts if _belongs(n, i)) for i in range(len(layers))])
+    return found
 
 
 def dyadic(shape: Shape, rng: random.Random) -> Tensor:

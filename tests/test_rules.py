@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 import lmtfast as lf
 from lmtfast.errors import LmtfastError, NotCertifiedError, UnsupportedLayerError
-from lmtfast.guarantee import plan_bound
-from lmtfast.level import RIGOROUS
 from lmtfast.rules import OPERATION_RULES
 from lmtfast.rules.copying import COPYING
 from lmtfast.tracing import trace_model
@@ -29,6 +27,7 @@ from tests.cases import (
     Lambda,
     Layer,
     Parallel,
+    layer_bounds,
     seen,
     unit_matrix,
 )  # fmt: skip
@@ -44,25 +43,6 @@ def constants(modules: list[nn.Module], shape: tuple[int, ...]) -> list[float]:
     graph = trace_model(net, (net.length,)).graph
     found = {name: c for name, _, c in graph.notes}
     return [found[f"layers.{i}"] for i in range(len(modules))]
-
-
-def belongs(name: str, layer: int) -> bool:
-    stem = f"layers.{layer}"
-    return all(part.split("#")[0].startswith((f"{stem}.", f"{stem}+")) or part.split("#")[0] == stem
-               for part in name.split("+"))  # fmt: skip
-
-
-def layer_bounds(layers: tuple[Layer, ...]) -> list[float]:
-    """The rigorous bound of every layer. A layer is a chain, so its bound is a product."""
-    net = Parallel(list(layers)).eval()
-    plan = lf.trace(net, (net.length,))
-    bound = plan_bound(plan, net, level=RIGOROUS)
-    notes = [(n, c) for n, _, c in plan.graph.notes]
-    uppers = []
-    for i in range(len(layers)):
-        mine = [c for n, c in (*bound.per_operator.items(), *notes) if belongs(n, i)]
-        uppers.append(math.prod(mine))
-    return uppers
 
 
 def assert_sound(layer: Layer, upper: float, tightness: float | None = 1e-9) -> None:
@@ -87,7 +67,7 @@ def batches(layers: tuple[Layer, ...]) -> list[tuple[Layer, ...]]:
 @pytest.mark.parametrize("start", range(0, len(RANDOM_CONVS), BATCH))
 def test_random_convolutions(start: int) -> None:
     layers = RANDOM_CONVS[start : start + BATCH]
-    for layer, upper in zip(layers, layer_bounds(layers), strict=True):
+    for layer, upper in zip(layers, *layer_bounds(layers, {}), strict=True):
         assert_sound(layer, upper)
 
 
@@ -97,7 +77,7 @@ CHAINS = tuple(x for x in LINEAR if x.name not in ("outer broadcast", "a(x) - a(
 @pytest.mark.parametrize("start", range(0, len(CHAINS), BATCH))
 def test_linear_maps_and_their_compositions(start: int) -> None:
     layers = CHAINS[start : start + BATCH]
-    for layer, upper in zip(layers, layer_bounds(layers), strict=True):
+    for layer, upper in zip(layers, *layer_bounds(layers, {}), strict=True):
         assert_sound(layer, upper)
 
 
@@ -118,7 +98,7 @@ NAMED = tuple(x for x in COPIES if x not in NAMELESS)
 @pytest.mark.parametrize("start", range(0, len(NAMED), BATCH))
 def test_copying_operations(start: int) -> None:
     layers = NAMED[start : start + BATCH]
-    for layer, upper in zip(layers, layer_bounds(layers), strict=True):
+    for layer, upper in zip(layers, *layer_bounds(layers, {}), strict=True):
         assert_sound(layer, upper, 1e-12)
 
 
@@ -149,7 +129,7 @@ def test_every_copying_rule_has_a_case() -> None:
 @pytest.mark.parametrize("start", range(0, len(AVERAGES), BATCH))
 def test_average_pools_and_reductions(start: int) -> None:
     layers = AVERAGES[start : start + BATCH]
-    for layer, upper in zip(layers, layer_bounds(layers), strict=True):
+    for layer, upper in zip(layers, *layer_bounds(layers, {}), strict=True):
         assert_sound(layer, upper, tightness=None)
         assert upper <= 1.7 * svd_norm(layer.matrix()), layer.name
 

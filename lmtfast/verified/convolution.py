@@ -79,6 +79,11 @@ class Geometry:
                         found[i][o] = t
         return found
 
+    @property
+    def unread(self) -> bool:
+        """Whether no output reads anything but padding, or there is none."""
+        return not all(any(self.reach(axis, outputs=True)) for axis in range(len(self.kernel)))
+
 
 def shared_taps(reach: Reach) -> dict[tuple[int, int], Pairs]:
     """Pairs of taps that lead from two positions to a common one, for every such two positions."""
@@ -259,7 +264,7 @@ def convolution_norm_upper(
     require_float64(weight, "weight")
     ensure_arithmetic(weight.device)
     scaled, exponent = prescale(weight)
-    if scaled.numel() == 0 or not bool(scaled.any()) or 0 in geometry.out_extent:
+    if scaled.numel() == 0 or not bool(scaled.any()) or geometry.unread:
         return 0.0
     form = banded_form(geometry, *scaled.shape[1:3])
     believed = math.ldexp(estimate, -exponent)

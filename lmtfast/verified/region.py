@@ -191,9 +191,7 @@ def _exact_proof(
 
 def _pointwise(op: Conv, weights: Weights) -> NormEnclosure:
     """A single tap moves its matrix from some positions to others, each at most once."""
-    geometry = _geometry(op)
-    if not all(any(geometry.reach(axis, outputs=True)) for axis in range(len(op.kernel))):
-        # Every output reads nothing but padding.
+    if _geometry(op).unread:
         return _exactly(0.0, "pointwise")
     kernels = effective_weight(op, weights).flatten(1)
     matrices = torch.stack(kernels.chunk(op.groups))
@@ -242,6 +240,9 @@ def _banded(region: Region, weights: Weights) -> NormEnclosure:
         kernels = effective_weight(op, weights).chunk(op.groups)
         upper = convolution_norm_upper(kernels, _geometry(op), estimate=estimate)
         upper = add_up(upper, entry_error(op, weights))
+    elif isinstance(op, Conv) and not effective_weight(op, weights).any():
+        # Wraps around zeros: no positive guess to prove.
+        return _exactly(mul_up(entry_error(op, weights), sqrt_up(float(_repeats(op)))), "zero")
     else:
         exponent = math.frexp(estimate)[1] if 0.0 < estimate < math.inf else 0
         gram = CompositeGram(region, weights, composite_form(region, weights), exponent)

@@ -267,7 +267,8 @@ def c3(rng: Generator, size: int) -> Construction:
 
 def small(rng: Generator, size: int) -> Construction:
     """A matrix of a family whose square is known."""
-    return FAMILIES[rng.choice(["C1", "C2", "C6", "C7"])](rng, max(2, size))
+    found = FAMILIES[rng.choice(["C1", "C2", "C6", "C7"])](rng, max(2, size))
+    return found if found.weight.ndim == 2 else c1(rng, size)
 
 
 def c4(rng: Generator, size: int) -> Construction:
