@@ -10,144 +10,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from lmtfast.backends.reference import Leaves
-from lmtfast.graph import Linear, Region, RegionNode
-from tests.cases import CONVS, TRANSPOSED
-from tests.engine_cases import REF, conv_region, weights_of
-from tests.oracles import conv_matrix, norm_is_at_most, rayleigh_exceeds, svd_norm
+from tests.soundness.geometries import GEOMETRIES
+from tests.soundness.operators import EXACT_SIZE, Construction, conv, dense
 
 Generator = np.random.Generator
-# Up to so many rows or columns, an operator without a known norm is judged completely.
-EXACT_SIZE = 12
-
-
-@dataclass(frozen=True)
-class Construction:
-    """A matrix, or a convolution of inputs ``shape``, and the exact square of its norm.
-
-    Attributes:
-        name: What it is, for messages.
-        weight: ``(m, n)``, or a kernel as torch has it. Float64.
-        shape: Of one input: ``(n,)`` for a matrix.
-        options: Geometry of the convolution, as ``tests.oracles.conv_matrix`` takes it.
-        square: Exact square of the norm, or None where the oracles alone judge.
-        dtype: The narrowest dtype that holds the weight.
-    """
-
-    name: str
-    weight: np.ndarray = field(repr=False)
-    shape: tuple[int, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    square: Fraction | None = None
-    dtype: torch.dtype = torch.float64
-
-    def matrix(self) -> np.ndarray:
-        """The operator's matrix. Exact: sums meet only where padding folds dyadic taps."""
-        if self.weight.ndim == 2:
-            return self.weight
-        return conv_matrix(self.weight, self.shape, **self.options)
-
-    def understated_by(self, bound: float) -> bool:
-        """Whether ``bound`` is below the norm: decided, or beyond EXACT_SIZE proved by a witness.
-
-        No tolerance: rationals against the known square, integers otherwise.
-        """
-        if math.isinf(bound):
-            return bound < 0
-        if self.square is not None:
-            return bound < 0 or Fraction(bound) ** 2 < self.square
-        matrix = self.matrix()
-        if min(matrix.shape) <= EXACT_SIZE:
-            return not norm_is_at_most(matrix, bound)
-        return rayleigh_exceeds(matrix, bound)
-
-    def within(self, bound: float, excess: float) -> bool:
-        """Whether ``bound`` is at most ``1 + excess`` times the norm."""
-        if self.square is not None:
-            return Fraction(bound) <= 0 or (
-                Fraction(bound) ** 2 <= self.square * (1 + Fraction(excess)) ** 2
-            )
-        return bound <= svd_norm(self.matrix()) * (1 + excess)
-
-    def region(self) -> tuple[Region, Leaves]:
-        """The operator as a traced network would hold it, and its weight."""
-        weight = torch.from_numpy(self.weight)
-        if self.weight.ndim == 2:
-            op = Linear("matrix", (weight.shape[1],), (weight.shape[0],), REF)
-            return Region("matrix", op.in_shape, op.out_shape, (RegionNode(op, (-1,)),)), (
-                weights_of(weight)
-            )
-        axes = self.weight.ndim - 2
-        given = dict(self.options)
-        pads = _per_axis(given.pop("padding", 0), axes)
-        given["padding"] = tuple(p if isinstance(p, tuple) else (p, p) for p in pads)
-        for key in ("stride", "dilation", "output_padding"):
-            if key in given:
-                given[key] = _per_axis(given[key], axes)
-        return conv_region(weight, self.shape, **given), weights_of(weight)
-
-    @property
-    def traceable_only(self) -> bool:
-        """Whether padding is a map of its own, so that there is no single primitive."""
-        return self.options.get("padding_mode", "zeros") in ("reflect", "replicate")
-
-    def module(self) -> nn.Module:
-        """The operator as a layer of ``dtype``, in eval mode."""
-        weight = torch.from_numpy(self.weight)
-        if self.weight.ndim == 2:
-            layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            return _with(layer, weight, self.dtype)
-        given, axes = dict(self.options), self.weight.ndim - 2
-        groups, transposed = given.get("groups", 1), given.pop("transposed", False)
-        pads = _per_axis(given.pop("padding", 0), axes)
-        uneven = [p for p in reversed(pads) if isinstance(p, tuple)]
-        given["padding"] = 0 if uneven else pads
-        c0, c1 = weight.shape[:2]
-        ends = (c0, c1 * groups) if transposed else (c1 * groups, c0)
-        kind = (TRANSPOSED if transposed else CONVS)[axes]
-        layer = _with(kind(*ends, weight.shape[2:], bias=False, **given), weight, self.dtype)
-        if not uneven:
-            return layer
-        border = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d}[axes]
-        return nn.Sequential(border([n for p in uneven for n in p], 0.0), layer).eval()
-
-
-def _per_axis(value: Any, axes: int) -> tuple:
-    return (value,) * axes if isinstance(value, int) else tuple(value)
-
-
-def _with(layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
-    layer = layer.to(dtype).eval()
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-    assert torch.equal(layer.weight.detach().double(), weight), "the dtype rounds the weight"
-    return layer
-
-
-def dense(name: str, weight: Any, square: Fraction | int | None = None, **fields: Any) -> Any:
-    """A matrix of the table."""
-    weight = np.ascontiguousarray(weight, dtype=np.float64)
-    known = None if square is None else Fraction(square)
-    return Construction(name, weight, (weight.shape[1],), {}, known, **fields)
-
-
-def conv(
-    name: str, weight: Any, shape: tuple[int, ...], square: Fraction | int | None, **options: Any
-) -> Construction:
-    """A convolution of the table."""
-    weight = np.ascontiguousarray(weight, dtype=np.float64)
-    known = None if square is None else Fraction(square)
-    return Construction(name, weight, shape, options, known)
-
 
 # -- parts -----------------------------------------------------------------------------------------
 
@@ -444,43 +318,6 @@ def c20(rng: Generator, size: int) -> Construction:
     if kind == "low rank":
         return dense(kind, weight[:, :1] * weight[:1])
     return dense(kind, weight)
-
-
-# Where a geometry surprises: between-grid peaks, borders that fold, kernels that miss or overhang.
-GEOMETRIES: tuple[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
-    ("peak between the grid", (1, 1, 7), (1, 7), {"padding": 3}),
-    ("peak between the grid, 2-D", (1, 1, 3, 3), (1, 3, 3), {"padding": 1}),
-    ("reflect", (2, 1, 3), (1, 5), {"padding": 1, "padding_mode": "reflect"}),
-    ("reflect, whole map", (1, 1, 5), (1, 3), {"padding": 2, "padding_mode": "reflect"}),
-    ("reflect, 2-D", (1, 1, 3, 3), (1, 3, 4), {"padding": 1, "padding_mode": "reflect"}),
-    ("edge, p = 3", (1, 1, 7), (1, 4), {"padding": 3, "padding_mode": "replicate"}),
-    ("edge, p = 3, 2-D", (1, 1, 3, 3), (1, 2, 3), {"padding": 3, "padding_mode": "replicate"}),
-    ("edge, one pixel", (1, 1, 3), (1, 1), {"padding": 3, "padding_mode": "replicate"}),
-    ("even kernel", (2, 2, 4), (2, 5), {"padding": 2}),
-    ("even kernel, circular", (1, 2, 2), (2, 5), {"padding": 1, "padding_mode": "circular"}),
-    ("dilation larger than the image", (2, 1, 3), (1, 4), {"padding": 5, "dilation": 5}),
-    ("stride larger than the kernel", (2, 2, 2), (2, 9), {"stride": 4}),
-    ("stride larger than the kernel, 2-D", (3, 1, 1, 2), (1, 5, 7), {"stride": (3, 4)}),
-    ("kernel larger than the image", (2, 1, 7), (1, 3), {"padding": 4}),
-    ("groups", (4, 1, 3), (4, 4), {"padding": 1, "groups": 4}),
-    ("groups, widening", (6, 2, 2), (4, 4), {"groups": 2, "stride": 2}),
-    ("transposed", (2, 1, 3), (2, 4), {"transposed": True, "stride": 2, "padding": 1}),
-    ("transposed, output padding", (1, 2, 3), (1, 3),
-     {"transposed": True, "stride": 3, "padding": 1, "output_padding": 2}),
-    ("transposed, 2-D, output padding", (2, 1, 2, 3), (2, 2, 2),
-     {"transposed": True, "stride": 2, "padding": 1, "output_padding": (1, 0)}),
-    ("transposed, groups", (4, 1, 3), (4, 3), {"transposed": True, "groups": 2, "dilation": 2}),
-    ("1 x N", (1, 2, 1, 4), (2, 3, 5), {"padding": (0, 2)}),
-    ("one row", (2, 1, 3, 3), (1, 1, 6), {"padding": 1}),
-    ("same, uneven", (1, 1, 4), (1, 6), {"padding": ((1, 2),)}),
-    ("same, uneven, 2-D", (2, 1, 2, 2), (1, 3, 4), {"padding": ((0, 1), (1, 0))}),
-    ("only padding at the ends", (1, 1, 1), (1, 3), {"padding": 4, "stride": 3}),
-    ("circular, stride does not divide", (2, 1, 3), (1, 5),
-     {"padding": 1, "stride": 2, "padding_mode": "circular"}),
-    ("circular, longer than the image", (1, 1, 2), (1, 4),
-     {"padding": 3, "padding_mode": "circular"}),
-    ("3-D", (1, 1, 2, 1, 2), (1, 3, 2, 2), {"padding": (1, 0, 1), "stride": (2, 1, 1)}),
-)  # fmt: skip
 
 
 def c17(rng: Generator, size: int) -> Construction:

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lmtfast as lf
-from lmtfast.bound import LipschitzBound
-from lmtfast.certification import ERROR_FACTOR
-from lmtfast.enclosure import LogitEnclosure
 from lmtfast.errors import LmtfastError
-from lmtfast.guarantee import plan_bound
-from lmtfast.plan import BoundPlan, make_plan
-from lmtfast.radius import radius_lower
-from lmtfast.tracing import TracedModel, trace_model
 from tests.soundness.nets import (
     JOINS,
     NETS,
@@ -34,6 +27,7 @@ from tests.soundness.nets import (
     trap,
 )
 from tests.soundness.polygons import exact_logits, exact_radius, pieces
+from tests.soundness.traced import Traced
 
 LEVELS = ("rigorous", "probabilistic")
 RANGE = (-4.0, 5.0)
@@ -60,19 +54,18 @@ def assert_radius(
 
 
 def assert_net(case: Net, level: str = "rigorous") -> None:
-    total = lf.certified_bound(case.model, case.shape, level=level).total
+    traced = Traced(case.model, case.shape)
+    total = float(traced.bound(level=level).total)
     if case.constant is not None:
         assert not case.constant.understated_by(total), (case, total)
         if case.excess is not None and level == "rigorous":
             assert case.constant.within(total, case.excess), (case, total)
     if case.radii:
         assert case.points is not None
-        found = certified(case.model, case.points, level)
-        rows = zip(found.prediction_radius, found.prediction, case.radii, strict=True)
-        for radius, prediction, truth in rows:
-            tight = case.tight and level == "rigorous"
-            assert_radius(float(radius), int(prediction), truth, tight)
-        assert not case.tight or (found.prediction_radius > 0).any()
+        found = traced.radii(case.points, level=level)
+        for (prediction, radius), truth in zip(found, case.radii, strict=True):
+            assert_radius(radius, prediction, truth, case.tight and level == "rigorous")
+        assert not case.tight or any(radius > 0 for _, radius in found)
 
 
 @pytest.mark.parametrize("family", [f for f in NETS if f != "N10"])
@@ -106,17 +99,16 @@ def grid(rng: np.random.Generator, count: int) -> Tensor:
 
 def assert_planar(model: nn.Sequential, rng: np.random.Generator, count: int) -> int:
     """The constant and the radii of a network on the plane; how many radii were positive."""
-    found = pieces(model)
-    x = grid(rng, count)
-    certificate = certified(model, x)
-    total = lf.certified_bound(model, (2,)).total
+    found, traced = pieces(model), Traced(model, (2,))
+    total = float(traced.bound().total)
     assert math.isinf(total) or not any(piece.slope_exceeds(total) for piece in found)
-    rows = zip(x.tolist(), certificate.prediction_radius, certificate.prediction, strict=True)
-    for point, radius, prediction in rows:
+    x = grid(rng, count)
+    claims = traced.radii(x)
+    for point, (prediction, radius) in zip(x.tolist(), claims, strict=True):
         logits = exact_logits(model, point)
         truth = exact_radius(found, (Fraction(point[0]), Fraction(point[1])), logits)
-        assert_radius(float(radius), int(prediction), truth)
-    return int((certificate.prediction_radius > 0).sum())
+        assert_radius(radius, prediction, truth)
+    return sum(radius > 0 for _, radius in claims)
 
 
 def test_n7_every_piece_of_a_small_relu_network() -> None:
@@ -154,77 +146,57 @@ def test_c16_layers_that_cancel_only_in_exact_arithmetic_in_a_long_search(start:
 # -- N9: planted flips -----------------------------------------------------------------------------
 
 
-class Bench:
-    """One architecture, traced once; its weights change from case to case."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind, self.model = kind, planted_model(kind)
-        self.shape = (1, PLANTED_SIZE) if kind == "convolution" else (PLANTED_SIZE,)
-        self.traced: TracedModel = trace_model(self.model, self.shape)
-        self.plan: BoundPlan = make_plan(
-            self.model, self.traced.graph, engine="operator", backend="reference"
-        )
-
-    def radius(self, x: Tensor, shrink: float = 1.0) -> tuple[int, float]:
-        """Class and radius as ``certify`` finds them; ``shrink`` seeds too small a bound."""
-        bound: LipschitzBound = plan_bound(self.plan, self.model, level="rigorous")
-        norms = {name: float(v) for name, v in bound.per_operator.items()}
-        enclosed = LogitEnclosure(self.model, self.traced, norms=norms)
-        value, error = enclosed(x.reshape(1, *self.shape))
-        prediction, radius, _ = radius_lower(
-            value, ERROR_FACTOR * error, bound, scale=float(bound.features) * shrink
-        )
-        return int(prediction[0]), float(radius[0])
-
-
 @pytest.fixture(scope="module")
-def benches() -> dict[str, Bench]:
-    return {kind: Bench(kind) for kind in PLANTED}
+def benches() -> dict[str, Traced]:
+    return {
+        kind: Traced(planted_model(kind), (1, PLANTED_SIZE)[kind != "convolution" :])
+        for kind in PLANTED
+    }
 
 
-def assert_planted(bench: Bench, seed: int, shrink: float = 1.0) -> bool:
+def assert_planted(kind: str, bench: Traced, seed: int, shrink: float = 1.0) -> bool:
     """Whether the class is certified at all; a radius that reaches the flip is an error."""
-    case = plant(bench.kind, bench.model, np.random.default_rng([9, seed]))
+    case = plant(kind, bench.model, np.random.default_rng([9, seed]))
     at, there = exact_logits(bench.model, case.x.tolist()), exact_logits(bench.model, case.flip)
     assert at[0] > at[1]
     assert there[1] > there[0]
     moved = [b - Fraction(a) for a, b in zip(case.x.tolist(), case.flip, strict=True)]
     assert sum(m * m for m in moved) == case.distance**2 > case.square
-    prediction, radius = bench.radius(case.x, shrink)
+    ((prediction, radius),) = bench.radii(case.x, shrink=shrink)
     assert prediction == 0
-    assert Fraction(radius) < case.distance, (bench.kind, seed)
-    assert Fraction(radius) ** 2 < case.square, (bench.kind, seed)
+    assert Fraction(radius) < case.distance, (kind, seed)
+    assert Fraction(radius) ** 2 < case.square, (kind, seed)
     return radius > 0.0
 
 
-def test_n9_no_radius_reaches_a_planted_flip(benches: dict[str, Bench]) -> None:
-    found = [assert_planted(benches[PLANTED[s % len(PLANTED)]], s) for s in range(200)]
+def test_n9_no_radius_reaches_a_planted_flip(benches: dict[str, Traced]) -> None:
+    found = [assert_planted(k := PLANTED[s % len(PLANTED)], benches[k], s) for s in range(200)]
     assert all(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED)
 def test_n9_no_radius_reaches_a_planted_flip_in_a_long_search(
-    kind: str, benches: dict[str, Bench]
+    kind: str, benches: dict[str, Traced]
 ) -> None:
-    assert all(assert_planted(benches[kind], 1000 + s) for s in range(500))
+    assert all(assert_planted(kind, benches[kind], 1000 + s) for s in range(500))
 
 
 @pytest.mark.parametrize("kind", ["ramp", "convolution", "deep"])
 def test_n9_notices_a_constant_that_is_a_thousandth_too_small(
-    kind: str, benches: dict[str, Bench]
+    kind: str, benches: dict[str, Traced]
 ) -> None:
     noticed = 0
     for seed in range(20):
         try:
-            assert_planted(benches[kind], seed, shrink=0.999)
+            assert_planted(kind, benches[kind], seed, shrink=0.999)
         except AssertionError:
             noticed += 1
     assert noticed == 20
 
 
 @pytest.mark.parametrize("kind", PLANTED)
-def test_n9_the_whole_certificate_agrees(kind: str, benches: dict[str, Bench]) -> None:
+def test_n9_the_whole_certificate_agrees(kind: str, benches: dict[str, Traced]) -> None:
     bench = benches[kind]
     case = plant(kind, bench.model, np.random.default_rng(1))
     x = case.x.reshape(1, *bench.shape)
