@@ -142,7 +142,7 @@ def routes(cases: list[Construction]) -> None:
             assert_sound(case, bound, f"certified_bound({way})", excess)
 
 
-@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("start", range(3))
 def test_no_traced_layer_is_below_the_exact_norm(start: int) -> None:
     routes([construction(family, 100 + start, 6) for family in FAMILIES])
 
@@ -162,7 +162,7 @@ def test_no_geometry_is_below_the_exact_norm_in_a_long_search(seed: int) -> None
 
 @pytest.mark.parametrize("family", ["C11", "C13"])
 def test_layers_in_narrow_types_are_bounded_as_stored(family: str) -> None:
-    for case in members(family, range(200, 204), 6):
+    for case in members(family, range(200, 203), 6):
         if case.weight.size and case.dtype != torch.float64:
             total = lf.certified_bound(case.module(), case.shape).total
             assert_sound(case, total, str(case.dtype), 1e-9)

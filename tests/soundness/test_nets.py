@@ -70,9 +70,9 @@ def assert_net(case: Net, level: str = "rigorous") -> None:
 
 @pytest.mark.parametrize("family", [f for f in NETS if f != "N10"])
 def test_constants_and_radii_are_never_overclaimed(family: str) -> None:
-    for seed in range(3):
+    for seed in range(2):
         assert_net(net(family, seed))
-    assert_net(net(family, 3), "probabilistic")
+    assert_net(net(family, 2), "probabilistic")
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def assert_planar(model: nn.Sequential, rng: np.random.Generator, count: int) ->
 
 def test_n7_every_piece_of_a_small_relu_network() -> None:
     assert sum(assert_planar(planar(r := np.random.default_rng([7, s])), r, 6)
-               for s in range(5)) > 10  # fmt: skip
+               for s in range(4)) > 8  # fmt: skip
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_n7_every_piece_of_a_small_relu_network_in_a_long_search(start: int) -> 
 
 
 def test_c16_layers_that_cancel_only_in_exact_arithmetic() -> None:
-    for seed in range(8):
+    for seed in range(6):
         rng = np.random.default_rng([16, seed])
         try:
             assert_planar(trap(rng), rng, 20)

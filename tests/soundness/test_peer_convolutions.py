@@ -95,7 +95,7 @@ def test_r18_no_padding_is_bounded_by_the_circular_norm(mode: str) -> None:
             case = conv(mode, weight, (1, n), None, padding=1, padding_mode=mode)
             circular = float(np.abs(np.fft.fft(taps, n)).max())
             harmed |= not norm_is_at_most(case.matrix(), circular * (1 + 1e-9))
-            if n == 3 or not case.traceable_only:
+            if len(taps) == 3 and n == 3 or not case.traceable_only:
                 for method in ("auto", "torus"):
                     assert not case.understated_by(proved(case, method))
     assert harmed
