@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import lmtfast as lf
 from lmtfast.guarantee import plan_bound
+from lmtfast.level import RIGOROUS
 from tests.oracles import conv_matrix
 
 Shape = tuple[int, ...]
@@ -94,7 +95,7 @@ def layer_bounds(layers: Sequence[Layer], *ways: Mapping[str, Any]) -> list[list
     notes = [(n, c) for n, _, c in plan.graph.notes]
     found = []
     for way in ways:
-        norms = plan_bound(plan, net, **{"level": "rigorous", **way}).per_operator
+        norms = plan_bound(plan, net, **{"level": RIGOROUS, **way}).per_operator
         parts = (*norms.items(), *notes)
         found.append([math.prod(c for n, c in parts if _belongs(n, i)) for i in range(len(layers))])
     return found

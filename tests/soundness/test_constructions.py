@@ -16,6 +16,7 @@ from torch import nn
 
 import lmtfast as lf
 from lmtfast.errors import LmtfastError, NotCertifiedError, UnsupportedLayerError
+from lmtfast.level import Level
 from lmtfast.radius import radius_lower
 from lmtfast.verified.region import METHODS, operator_norm_upper
 from tests.cases import Lambda, Layer, layer_bounds
@@ -135,7 +136,7 @@ def routes(cases: list[Construction]) -> None:
     """Traced bounds of many layers, by every method and at both levels that claim something."""
     layers = [Layer(c.name, narrow(c).module, c.shape, c.matrix) for c in cases]
     ways: list[dict[str, Any]] = [{"method": m} for m in METHODS]
-    ways.append({"level": "probabilistic", "delta": 2.0**-100})
+    ways.append({"level": Level("probabilistic", 2.0**-100)})
     for way, bounds in zip(ways, layer_bounds(layers, *ways), strict=True):
         for case, bound in zip(cases, bounds, strict=True):
             excess = None if case.traceable_only else EXCESS.get(way.get("method", ""))

@@ -9,6 +9,7 @@ from lmtfast.bound import LipschitzBound
 from lmtfast.certification import ERROR_FACTOR
 from lmtfast.enclosure import LogitEnclosure
 from lmtfast.guarantee import plan_bound
+from lmtfast.level import Level
 from lmtfast.plan import make_plan
 from lmtfast.radius import radius_lower
 from lmtfast.tracing import trace_model
@@ -23,8 +24,8 @@ class Traced:
         graph = self.traced.graph
         self.plan = make_plan(model, graph, engine="operator", backend="reference")
 
-    def bound(self, **options: object) -> LipschitzBound:
-        return plan_bound(self.plan, self.model, **{"level": "rigorous", **options})  # type: ignore[arg-type]
+    def bound(self, level: str = "rigorous", method: str = "auto") -> LipschitzBound:
+        return plan_bound(self.plan, self.model, level=Level(level), method=method)
 
     def radii(
         self, x: Tensor, *, level: str = "rigorous", shrink: float = 1.0
