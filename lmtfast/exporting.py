@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lmtfast.errors import UnsupportedLayerError
 from lmtfast.graph import Shape
@@ -32,6 +33,16 @@ def inference_mode_of(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Compute parametrized weights afresh: a cached one would be a constant of the program."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
+
+
 def export_program(model: nn.Module, input_shape: Shape) -> torch.export.ExportedProgram:
     """The model in its inference form as functional ATen calls with a symbolic batch size."""
     reference = next((t for t in named_tensors(model).values() if t.is_floating_point()), None)
@@ -45,7 +56,10 @@ def export_program(model: nn.Module, input_shape: Shape) -> torch.export.Exporte
     try:
         # Under autocast the program would hold casts of the weights, and bound the rounded ones.
         precise = torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
-        with inference_mode_of(model), torch.no_grad(), precise, warnings.catch_warnings():
+        modes = (inference_mode_of(model), torch.no_grad(), precise, _uncached())
+        with ExitStack() as stack, warnings.catch_warnings():
+            for mode in modes:
+                stack.enter_context(mode)
             warnings.simplefilter("ignore")
             try:
                 with every_size:

@@ -238,7 +238,8 @@ def _head(plan: BoundPlan, weights: Weights) -> tuple[Tensor | None, Tensor | No
     """The head's rows and what folding scales into them may have rounded."""
     if plan.graph.head is None:
         return None, None
-    matrix = head_matrix(plan, weights)
+    # A copy: the rows of a float64 model are its own parameter.
+    matrix = head_matrix(plan, weights).clone()
     region = plan.operators[plan.graph.head]
     assert isinstance(region, Region)
     assert isinstance(region.primitive, Linear)

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from lmtfast.errors import StalePlanError
 from lmtfast.graph import ParameterRef
 from lmtfast.plan import BoundPlan
+from lmtfast.settings import ModuleSettings, constants_in
+from lmtfast.tracing import trace_model
 from lmtfast.weights import Weights, named_tensors
 
 
 class ModelReader:
     """The tensors of a plan's slots, as they are now.
 
-    The structure is compared at every call: first by identity of the modules and shapes of their
-    tensors, which costs microseconds, and by name and class only where that differs.
+    The model is compared at every call with the traced one: by identity of its modules, shapes of
+    their tensors and identity of their settings, which costs microseconds. Where one of these
+    differs, the model is traced again, and refused if its graph is another one.
 
     Args:
         model: The model that was traced.
@@ -30,9 +33,26 @@ class ModelReader:
         self.model, self.plan = model, plan
         self._remember()
 
+    def _check(self) -> None:
+        if self._unchanged() and all(settings.unchanged() for settings in self._settings):
+            return
+        self.plan.check_fresh(self.model)
+        if trace_model(self.model, self.plan.graph.input_shape).graph != self.plan.graph:
+            found = ((type(s.module).__name__, s.difference()) for s in self._settings)
+            changed = [f"{kind}.{name}" for kind, name in found if name]
+            raise StalePlanError(
+                "the program that was traced",
+                ", ".join(changed[:3]) or "other modules",
+                type(self.model).__name__,
+                "make a new NetworkBound after changing a layer's settings, hooks or forward",
+            )
+        self._remember()
+
     def _remember(self) -> None:
         self.plan.check_fresh(self.model)
         modules = list(self.model.modules())
+        constants = set(constants_in(self.plan.graph))
+        self._settings = [ModuleSettings(m, constants) for m in modules]
         self._modules = [(m, type(m), tuple(m._modules.values())) for m in modules]
         self._shapes: list[tuple[dict[str, Any], tuple[tuple[str, torch.Size], ...]]] = []
         for m in modules:
@@ -81,8 +101,8 @@ class ModelReader:
                 variance of a batch norm is missing.
         """
         # A compiled graph has the structure it was compiled for: its guards look after that.
-        if not torch.compiler.is_compiling() and not self._unchanged():
-            self._remember()
+        if not torch.compiler.is_compiling():
+            self._check()
         tensors: list[Any] = [p if p is None else p[0][p[1]] for p in self._stores]
         if self._computed:
             weights = Weights(named_tensors(self.model), dtype=dtype, batch_variance=batch_variance)

@@ -48,6 +48,7 @@ LAYERS = {
     "engines.symbol": 2,
     "nn": 2,
     "reading": 2,
+    "settings": 2,
     "verified": 2,
     "bound": 3,
     "enclosure": 3,

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""What a module's forward reads besides parameters and buffers: attributes, hooks, its code."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import fields, is_dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmtfast.graph import ConstantRef
+from lmtfast.weights import constant_ref
+
+# Attributes every module has: tensors and submodules are read elsewhere, the mode moves no bound.
+_COMMON = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class ModuleSettings:
+    """The settings of one module as they were, to be compared with what they are.
+
+    Attributes count by identity or equal value, containers and objects of plain values by content,
+    and a tensor that is no buffer by content if the plan holds it as a constant (one that a hook
+    computes at every forward is none). What a closure or a global variable holds is not seen.
+
+    Args:
+        module: The module.
+        constants: The constants of the plan.
+    """
+
+    def __init__(self, module: nn.Module, constants: Collection[ConstantRef]) -> None:
+        self.module = module
+        self._code = _code(module)
+        self._hooks = _hooks(module)
+        self._attributes: dict[str, Any] = {}
+        self._containers: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._size = len(vars(module))
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                if constants and not value.is_meta and constant_ref(value) in constants:
+                    self._tensors[name] = value.detach().clone()
+            elif name not in _COMMON:
+                self._attributes[name] = value
+                if (content := _content(value)) is not None:
+                    self._containers[name] = content
+        self._names = tuple(self._attributes)
+        self._values = tuple(self._attributes.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Code is not copied; without it the first comparison fails and the model is traced again.
+        return {**self.__dict__, "_code": None}
+
+    def unchanged(self) -> bool:
+        """Whether every setting is what it was; a microsecond where none is mutable."""
+        now, kind = vars(self.module), type(self.module)
+        same = (
+            len(now) == self._size
+            and (kind.forward, kind.__call__) == self._code
+            and (*now["_forward_hooks"], None, *now["_forward_pre_hooks"]) == self._hooks
+            and all(map(is_, map(now.get, self._names), self._values))
+            and not self._tensors
+        )
+        for name, content in self._containers.items():
+            same = same and _content(now.get(name)) == content
+        return same or not self.difference()
+
+    def difference(self) -> str:
+        """Name of the first setting that changed; empty if none did."""
+        now = vars(self.module)
+        if _code(self.module) != self._code:
+            return "forward"
+        if _hooks(self.module) != self._hooks:
+            return "hooks"
+        for name, value in self._attributes.items():
+            if not _same(now.get(name, ...), value):
+                return name
+        for name, value in self._containers.items():
+            if _content(now.get(name)) != value:
+                return name
+        for name, tensor in self._tensors.items():
+            found = now.get(name)
+            if not isinstance(found, Tensor) or not torch.equal(found, tensor):
+                return name
+        added = now.keys() - self._attributes.keys() - _COMMON
+        return next((n for n in sorted(added) if not isinstance(now[n], Tensor)), "")
+
+
+def _code(module: nn.Module) -> tuple[object, object]:
+    return type(module).forward, type(module).__call__
+
+
+def _hooks(module: nn.Module) -> tuple[int | None, ...]:
+    # Handles are numbered through the whole process, so equal numbers are the same hooks.
+    return (*module._forward_hooks, None, *module._forward_pre_hooks)
+
+
+def _content(value: Any) -> Any:
+    """A copy of what a mutable attribute holds, None if it is not one of plain values."""
+    if isinstance(value, (list, dict, set)):
+        return value.copy() if _plain(value) else None
+    members = None if callable(value) else getattr(value, "__dict__", None)
+    return dict(members) if isinstance(members, dict) and _plain(members) else None
+
+
+def _plain(item: Any) -> bool:
+    if isinstance(item, _PLAIN):
+        return True
+    if isinstance(item, dict):
+        return all(map(_plain, item)) and all(map(_plain, item.values()))
+    return isinstance(item, (list, tuple, set)) and all(map(_plain, item))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    return type(a) is type(b) and _plain(a) and bool(a == b)
+
+
+def constants_in(item: Any) -> Iterator[ConstantRef]:
+    """Every constant tensor anywhere inside a graph."""
+    if isinstance(item, ConstantRef):
+        yield item
+    elif isinstance(item, (tuple, list)):
+        for part in item:
+            yield from constants_in(part)
+    elif is_dataclass(item):
+        for member in fields(item):
+            yield from constants_in(getattr(item, member.name))
