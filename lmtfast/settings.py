@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from operator import is_
@@ -50,8 +51,14 @@ class ModuleSettings:
         self._names = tuple(self._attributes)
         self._values = tuple(self._attributes.values())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSettings:
+        # By way of the pickled form the code would be lost.
+        twin = memo[id(self)] = object.__new__(ModuleSettings)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
     def __getstate__(self) -> dict[str, Any]:
-        # Code is not copied; without it the first comparison fails and the model is traced again.
+        # Code is not pickled; without it the first comparison fails: the model is traced again.
         return {**self.__dict__, "_code": None}
 
     def unchanged(self) -> bool:

@@ -169,16 +169,20 @@ class ProgramWalk:
         if sum(map(_is_traced, arguments.values())) > 1 and target in SINGLE:
             raise call.unsupported("more than one argument depends on the input")
         result = rule(call)
-        self._check_shape(call, result)
+        self._check_result(call, result, node.meta["val"])
         if isinstance(result, tuple):
             return tuple(Unusable(target) if part is None else part for part in result)
         return result
 
-    def _check_shape(self, call: TracedCall, result: Any) -> None:
+    def _check_result(self, call: TracedCall, result: Any, program: Any) -> None:
         parts = result if isinstance(result, tuple) else (result,)
-        for part, shape in zip(parts, call.out_shapes, strict=False):
+        tensors = program if isinstance(program, (list, tuple)) else (program,)
+        for part, shape, tensor in zip(parts, call.out_shapes, tensors, strict=False):
             if isinstance(part, Value) and part.shape != shape:
                 raise call.unsupported(f"the rule gave shape {part.shape}, the program {shape}")
+            # Any call may cast: sum and type_as do so without being asked for a cast.
+            if isinstance(part, Value) and not tensor.is_floating_point():
+                raise call.unsupported(f"a result of type {tensor.dtype} is not continuous")
 
     def _scalar(self, node: torch.fx.Node) -> Any:
         # Arithmetic on sizes that export left in the program: constants, or the batch size again.
@@ -227,24 +231,27 @@ class ProgramWalk:
     def _out_shapes(self, node: torch.fx.Node, name: str) -> tuple[Shape | None, ...]:
         val = node.meta.get("val")
         if isinstance(val, Tensor):
-            return (self._sample_shape(val, name),)
+            return (self._sample_shape(val, name, str(node.target)),)
         if not isinstance(val, (list, tuple)):
             raise self._refuse(name, f"{node.target} without a tensor result")
         # Side results such as saved statistics have no batch dimension; no rule may return them.
         return tuple(
-            self._sample_shape(p, name) if isinstance(p, Tensor) and self._batched(p) else None
+            self._sample_shape(p, name, str(node.target))
+            if isinstance(p, Tensor) and self._batched(p)
+            else None
             for p in val
         )
 
     def _batched(self, tensor: Tensor) -> bool:
         return tensor.ndim > 0 and str(tensor.shape[0]) == str(self.batch)
 
-    def _sample_shape(self, tensor: Tensor, name: str) -> Shape:
+    def _sample_shape(self, tensor: Tensor, name: str, call: str) -> Shape:
         shape = tuple(tensor.shape)
+        what = f"{call}: a tensor of shape {shape}"
         if not self._batched(tensor):
-            raise self._refuse(name, f"a tensor of shape {shape}: the batch must stay dimension 0")
+            raise self._refuse(name, f"{what}: the batch must stay dimension 0")
         if any(isinstance(n, torch.SymInt) for n in shape[1:]):
-            raise self._refuse(name, f"a tensor of shape {shape}: only the batch size may vary")
+            raise self._refuse(name, f"{what}: only the batch size may vary")
         return tuple(int(n) for n in shape[1:])
 
     def _derived(
@@ -302,7 +309,7 @@ class ProgramWalk:
         constant = float(MODULE_RULES[type(module)](module))
         if not 0.0 <= constant < float("inf"):
             raise self._refuse(key, f"the rule of {type(module).__name__} returned {constant}")
-        shape = self._sample_shape(node.meta["val"], key)
+        shape = self._sample_shape(node.meta["val"], key, str(node.target))
         others = [n for n, (k, _) in self.opaque.items() if k == key and n is not node]
         if any(self.env.get(n) is not self.opaque[n][1] for n in others):
             raise self._refuse(key, f"{type(module).__name__}: more than one output")
