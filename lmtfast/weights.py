@@ -33,13 +33,19 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Hash of all parameters and buffers: name, dtype, shape and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = laid_out(tensors[name])
         for part in (name, str(tensor.dtype), str(tuple(tensor.shape))):
             digest.update(len(part.encode()).to_bytes(8, "little") + part.encode())
         digest.update(tensor.numel().to_bytes(8, "little"))
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def laid_out(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor on the CPU, contiguous: the order of later sums, and so their bits,
+    must not depend on strides, nor bytes on a conjugation or negation that is still to be done."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def operation(target: str) -> Any:
@@ -131,6 +137,6 @@ def constant_tensor(ref: ConstantRef) -> Tensor:
 
 def constant_ref(tensor: Tensor) -> ConstantRef:
     """Freeze a tensor into a :class:`ConstantRef`."""
-    flat = tensor.detach().cpu().contiguous()
+    flat = laid_out(tensor)
     data = bytes(flat.reshape(-1).view(torch.uint8).numpy()) if flat.numel() else b""
     return ConstantRef(tuple(flat.shape), str(flat.dtype).removeprefix("torch."), data)

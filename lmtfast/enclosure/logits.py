@@ -22,7 +22,7 @@ from lmtfast.rules.registry import REF_TYPES
 from lmtfast.tracing import ProgramWalk, TracedModel, module_name
 from lmtfast.verified.region import operator_norm_upper
 from lmtfast.verified.rounding import mul_up
-from lmtfast.weights import Weights, named_tensors
+from lmtfast.weights import Weights, laid_out, named_tensors
 
 INTEGERS = (torch.int64, torch.uint64)
 
@@ -96,9 +96,7 @@ class LogitEnclosure:
                 "replace the module by built-in layers: its rule says nothing of rounding",
             )
         # On the CPU, as for the bound: derived weights are then the same numbers on every device.
-        self._weights = Weights(
-            {n: t.detach().cpu() for n, t in tensors.items()}, dtype=torch.float64
-        )
+        self._weights = Weights({n: laid_out(t) for n, t in tensors.items()}, dtype=torch.float64)
         self._placed: dict[tuple[WeightRef, torch.device], Tensor] = {}
         self._norms = None if norms is None else dict(norms)
         self._known: dict[int, float] = {}
@@ -113,7 +111,7 @@ class LogitEnclosure:
         An error of infinity means that nothing is known, for example after an overflow.
         """
         with torch.no_grad(), _plain_arithmetic(x.device):
-            return self._run(x.detach().to(torch.float64))
+            return self._run(x.detach().to(torch.float64).contiguous())
 
     @property
     def references(self) -> tuple[WeightRef, ...]:

@@ -79,7 +79,9 @@ for _name, _function in {
     "fft.ifft2": lambda x: torch.fft.ifft2(x).imag,
     "stft": lambda x: torch.stft(x, 4, 2, window=torch.ones(4), return_complex=True).abs(),
 }.items():  # fmt: skip
-    _add(_name, _function, (8, 8) if "2" in _name else (8,), "fft", "stft", "complex", "abs", "view")
+    _add(
+        _name, _function, (8, 8) if "2" in _name else (8,), "fft", "stft", "complex", "abs", "view"
+    )
 for _name, _function in {
     "pow": lambda x: torch.pow(x, 3.0), "float_power": lambda x: torch.float_power(x, 2),
     "xlogy": lambda x: torch.xlogy(x, x), "hypot": lambda x: torch.hypot(x, x),
@@ -106,7 +108,7 @@ for _name, _function in {
     "diag_embed": lambda x: torch.diag_embed(x) @ torch.diag_embed(x),
     "outer": lambda x: torch.einsum("bi,bj->bij", x, x), "bmm": lambda x: x[:, None] @ x[..., None],
     "baddbmm": lambda x: torch.baddbmm(x[:, None, :1], x[:, None], x[..., None]),
-    "kron": lambda x: torch.kron(x, x), "cross": lambda x: torch.linalg.cross(x[:, :3], x[:, 1:]),
+    "kron": lambda x: torch.kron(W, x), "cross": lambda x: torch.linalg.cross(x[:, :3], x[:, 1:]),
     "cov": lambda x: torch.cov(x), "corrcoef": lambda x: torch.corrcoef(x),
     "tril_product": lambda x: x[..., None].tril() @ x[:, None],
     "complex": lambda x: torch.complex(x, x).abs(), "histc": lambda x: torch.histc(x, 4),
@@ -125,7 +127,7 @@ for _name, _function in {
         "bmm": ("matmul", "bmm"), "kron": ("kron", "mul", "size", "shape"), "dist": ("dist", "norm"),
         "isclose": ("isclose", "sub", "abs", "eq", "bool"), "polar": ("polar", "abs", "batch"),
         "diag_embed": ("diag",), "tril_product": ("tril", "matmul"), "index_put": ("index", "slice"),
-        "floor_divide": ("floor_divide", "div"), "cov": ("cov", "mul", "mean", "batch", "matmul"),
+        "floor_divide": ("floor_divide", "div"), "cov": ("cov", "equal"),
         "int": ("int", "cast"), "bool": ("bool", "cast"), "item": ("sum", "item"),
         "corrcoef": ("equal", "cov"), "vander": ("select", "vander"),
         "complex": ("complex", "abs"), "round_decimals": ("round",), "rand": ("rand",),

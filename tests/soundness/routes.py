@@ -176,8 +176,10 @@ def _step(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Action
 
 
 simple("SGD", _step(lambda p: torch.optim.SGD(p, lr=2.0)))
-simple("SGD with momentum, foreach", _step(
-    lambda p: torch.optim.SGD(p, lr=2.0, momentum=0.9, foreach=True)))
+simple(
+    "SGD with momentum, foreach",
+    _step(lambda p: torch.optim.SGD(p, lr=2.0, momentum=0.9, foreach=True)),
+)
 simple("Adam", _step(lambda p: torch.optim.Adam(p, lr=2.0)))
 simple("AdamW, fused", _step(lambda p: torch.optim.AdamW(p, lr=2.0, fused=True)))
 simple("data entry", lambda m: target(m).data.reshape(-1)[:1].fill_(9.0))
@@ -186,13 +188,25 @@ simple("detached view", lambda m: target(m).detach().mul_(3))
 simple("foreach", lambda m: torch._foreach_mul_([target(m).detach()], 3.0))
 simple("numpy", lambda m: target(m).detach().numpy().__imul__(3))
 simple("DLPack", lambda m: torch.from_dlpack(target(m).detach()).mul_(3))
-simple("storage set", torch.no_grad()(
-    lambda m: target(m).set_((target(m) * 3).contiguous().untyped_storage(), 0, target(m).shape)))
-simple("storage bytes", lambda m: target(m).untyped_storage().copy_(
-    (target(m).detach() * 3).contiguous().untyped_storage()))
+simple(
+    "storage set",
+    torch.no_grad()(
+        lambda m: target(m).set_((target(m) * 3).contiguous().untyped_storage(), 0, target(m).shape)
+    ),
+)
+simple(
+    "storage bytes",
+    lambda m: (
+        target(m).untyped_storage().copy_((target(m).detach() * 3).contiguous().untyped_storage())
+    ),
+)
 simple("requires_grad", lambda m: target(m).requires_grad_(False).mul_(3).requires_grad_())
-simple("vector_to_parameters", lambda m: nn.utils.vector_to_parameters(
-    3 * nn.utils.parameters_to_vector([target(m)]).detach(), [target(m)]))
+simple(
+    "vector_to_parameters",
+    lambda m: nn.utils.vector_to_parameters(
+        3 * nn.utils.parameters_to_vector([target(m)]).detach(), [target(m)]
+    ),
+)
 simple("float64", lambda m: m.double() and target(m).detach().mul_(3))
 simple("half", lambda m: m.half() and target(m).detach().mul_(3))
 simple("bfloat16", lambda m: m.bfloat16() and target(m).detach().mul_(3))
@@ -203,8 +217,9 @@ simple("train", lambda m: m.train())
 simple("layer replaced, same class", lambda m: setattr(m, "act", nn.LeakyReLU(4.0)))
 simple("layer replaced, another class", lambda m: setattr(m, "act", nn.Sigmoid()))
 simple("layers swapped", lambda m: m.__dict__["_modules"].update(act=m.other, other=m.act))
-simple("linears swapped", lambda m: m.__dict__["_modules"].update(
-    twin=nn.Linear(8, 8), head=m.head))
+simple(
+    "linears swapped", lambda m: m.__dict__["_modules"].update(twin=nn.Linear(8, 8), head=m.head)
+)
 simple("slope", lambda m: setattr(m.act, "negative_slope", 4.0))
 simple("dilation", lambda m: m.conv.__dict__.update(dilation=(2,), padding=(2,)))
 simple("stride", lambda m: m.conv.__dict__.update(stride=(2,), padding=(3,)))
@@ -221,8 +236,12 @@ simple("class of the instance", lambda m: setattr(m.act, "__class__", nn.ReLU))
 simple("pruned", lambda m: prune.random_unstructured(plain(m), "weight", 0.5))
 simple("spectral norm", lambda m: parametrizations.spectral_norm(m.twin))
 simple("old weight norm", lambda m: nn.utils.weight_norm(m.twin).weight_g.detach().mul_(3))
-simple("load_state_dict", lambda m: m.load_state_dict(
-    {k: 3 * v if k.startswith("enter") else v for k, v in m.state_dict().items()}))
+simple(
+    "load_state_dict",
+    lambda m: m.load_state_dict(
+        {k: 3 * v if k.startswith("enter") else v for k, v in m.state_dict().items()}
+    ),
+)
 simple("load_state_dict, assign", lambda m: m.load_state_dict(
     {k: 3 * v if k.startswith("enter") else v for k, v in m.state_dict().items()}, assign=True))  # fmt: skip
 

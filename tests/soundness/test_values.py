@@ -29,7 +29,9 @@ from tests.classifiers import UNIT
 from tests.oracles import conv_matrix, norm_is_at_most, rayleigh_exceeds, svd_norm
 
 
-def _with(function: Callable[..., Tensor], **members: nn.Module | Tensor) -> Callable[[], nn.Module]:
+def _with(
+    function: Callable[..., Tensor], **members: nn.Module | Tensor
+) -> Callable[[], nn.Module]:
     return lambda: Lambda(function, **members)
 
 
@@ -132,7 +134,9 @@ def test_no_value_is_taken_for_another(entry: tuple[Traced, str, Tensor]) -> Non
             quotients = differences(case.model, case.shape)
             case.model.float()
         # Where nothing is known the error is infinite; elsewhere float64 lies within twice of it.
-        assert bool(((exact - logits).abs() <= 2 * error + 1e-300).all()) or not exact.isfinite().all()
+        assert (
+            bool(((exact - logits).abs() <= 2 * error + 1e-300).all()) or not exact.isfinite().all()
+        )
         assert quotients <= bound.total
     assert repr(results[0]).replace("-0.0", "0.0") == repr(results[1]).replace("-0.0", "0.0")
 
