@@ -22,10 +22,11 @@ from lmtfast.level import Level
 from lmtfast.radius import PairTable, canonical_up, radius_lower
 from lmtfast.samples import Samples, check_input_range
 from lmtfast.subject import Subject, prepare
+from lmtfast.verified.arithmetic import ensure_arithmetic
 from lmtfast.verified.budget import Budget
 from lmtfast.verified.drawn import METHOD_OF
 from lmtfast.verified.rounding import mul_up
-from lmtfast.weights import named_tensors, weights_sha256
+from lmtfast.weights import named_tensors, on_host, weights_sha256
 
 # Enclosures computed elsewhere have other roundings, each within its own error of the truth. With
 # three times the error here, theirs with one still reaches the certified margin.
@@ -165,10 +166,13 @@ def sample_radii(
     labels: list[Tensor] = []
     done = 0
     for x, y in samples.chunks(subject.chunk):
+        # An iterable runs code of its own, which may have changed the rounding mode.
+        ensure_arithmetic(torch.device("cpu"))
         value, error = subject.enclosure(x.to(subject.device))
         value, largest = _stated(value.cpu(), error_factor * error.cpu())
         errors = largest[:, None].expand_as(value)
-        found = radius_lower(value, errors, subject.bound, scale=scale, pairs=pairs)
+        with on_host():
+            found = radius_lower(value, errors, subject.bound, scale=scale, pairs=pairs)
         stored = value.masked_fill(largest.isinf()[:, None], 0.0)
         rows.append((*found, stored, largest))
         if y is not None:
@@ -176,7 +180,7 @@ def sample_radii(
         done += len(x)
         if progress is not None:
             progress(done, samples.total)
-    empty = torch.zeros(0, dtype=torch.float64)
+    empty = torch.zeros(0, dtype=torch.float64, device="cpu")
     prediction, radius, margin, logits, error = (
         torch.cat([r[i] for r in rows]) if rows else empty for i in range(5)
     )

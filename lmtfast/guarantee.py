@@ -34,7 +34,7 @@ from lmtfast.verified.matrix import NormEnclosure
 from lmtfast.verified.region import METHODS, allowances, operator_norm_upper
 from lmtfast.verified.rounding import div_down, frobenius_up, gamma_up, next_up
 from lmtfast.verified.weight_error import absolute, weight_roundings
-from lmtfast.weights import Weights, laid_out, named_tensors, weights_sha256
+from lmtfast.weights import Weights, laid_out, named_tensors, on_host, weights_sha256
 
 # The ``method`` of an enclosure, and which ``method`` to ask for to get it again.
 PROVED_BY = {
@@ -166,7 +166,7 @@ def plan_bound(
     ensure_arithmetic(torch.device("cpu"))
     tensors = named_tensors(model) if tensors is None else tensors
     weights = Weights({n: laid_out(t) for n, t in tensors.items()}, dtype=torch.float64)
-    with torch.no_grad():
+    with torch.no_grad(), on_host():
         share = level
         if level.delta > 0.0:
             drawn = sum(not _closed(o) for o in plan.operators)

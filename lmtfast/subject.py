@@ -108,7 +108,10 @@ def compare(model: nn.Module, traced: TracedModel, input_range: tuple[float, flo
     program = traced.program.module()
     for count in COMPARED_INPUTS:
         uniform = torch.rand(
-            (count, *traced.graph.input_shape), generator=generator, dtype=torch.float64
+            (count, *traced.graph.input_shape),
+            generator=generator,
+            dtype=torch.float64,
+            device="cpu",
         )
         x = (low + uniform * (high - low)).to(device, dtype)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ def laid_out(tensor: Tensor) -> Tensor:
     """The numbers of a tensor on the CPU, contiguous: the order of later sums, and so their bits,
     must not depend on strides, nor bytes on a conjugation or negation that is still to be done."""
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def on_host() -> AbstractContextManager[Any]:
+    """Tensors made inside lie on the CPU, whatever device ``torch.set_default_device`` named."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    return torch.device("cpu") if elsewhere else nullcontext()
 
 
 def operation(target: str) -> Any:

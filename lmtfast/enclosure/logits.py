@@ -22,7 +22,7 @@ from lmtfast.rules.registry import REF_TYPES
 from lmtfast.tracing import ProgramWalk, TracedModel, module_name
 from lmtfast.verified.region import operator_norm_upper
 from lmtfast.verified.rounding import mul_up
-from lmtfast.weights import Weights, laid_out, named_tensors
+from lmtfast.weights import Weights, laid_out, named_tensors, on_host
 
 INTEGERS = (torch.int64, torch.uint64)
 
@@ -86,7 +86,8 @@ class LogitEnclosure:
         self._builder = _Recorder(traced.graph.input_shape)
         shape = traced.graph.input_shape
         self._walk = ProgramWalk(model, traced.program, shape, self._builder)
-        self._walk.run()
+        with on_host():
+            self._walk.run()
         if self._walk.opaque:
             path = next(iter(self._walk.opaque.values()))[0]
             raise NotCertifiedError(
@@ -110,7 +111,7 @@ class LogitEnclosure:
 
         An error of infinity means that nothing is known, for example after an overflow.
         """
-        with torch.no_grad(), _plain_arithmetic(x.device):
+        with torch.no_grad(), on_host(), _plain_arithmetic(x.device):
             return self._run(x.detach().to(torch.float64).contiguous())
 
     @property

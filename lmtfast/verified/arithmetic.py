@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 from lmtfast.errors import NotCertifiedError
+from lmtfast.weights import on_host
 
 
 def _refuse(finding: str, where: str) -> None:
@@ -177,7 +178,8 @@ def self_test(device: torch.device | str = "cpu") -> None:
 
 @cache
 def _self_test_once(device: torch.device) -> None:
-    self_test(device)
+    with on_host():
+        self_test(device)
 
 
 def ensure_arithmetic(device: torch.device) -> None:

@@ -166,7 +166,9 @@ for _name, _function in {
         "logsigmoid_squared": ("pow",), "scaled_dot_product_attention": ("attention", "matmul"),
         "cross_entropy": ("cross_entropy", "softmax", "argmax"), "softsign": ("div", "division"),
         "bilinear": ("bilinear", "trilinear"), "tanhshrink": ("tanhshrink",), "pdist": ("pdist",),
-        "poisson_nll_loss": ("exp",), "kl_div": ("kl_div", "mul", "batch"),
+        "poisson_nll_loss": ("poisson_nll_loss",),
+        "mse_loss": ("broadcast_tensors", "mse_loss"),
+        "huber_loss": ("broadcast_tensors", "huber_loss"), "kl_div": ("kl_div", "mul", "batch"),
         "rms_norm": ("rms_norm", "pow"), "hardshrink": ("le.", "hardshrink"), "softshrink": ("gt.",),
         "multi_margin_loss": ("multi_margin", "argmax"),
     }.get(_name, (_name,)))  # fmt: skip

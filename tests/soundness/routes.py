@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, parametrizations, prune, stateless
+from torch.nn.utils import parametrizations, parametrize, prune, stateless
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lmtfast.nn import MinMax, Normalize

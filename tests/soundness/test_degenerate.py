@@ -92,8 +92,7 @@ def test_degenerate_layers_are_exact(name: str) -> None:
         module = filled(build(), kind)
         try:
             total = lf.certified_bound(module, shape).total
-        except LmtfastError as refusal:
-            assert refusal.remedy
+        except LmtfastError:
             assert name in ("linear 0 rows", "conv without outputs")
             continue
         matrix = unit_matrix(module, shape)

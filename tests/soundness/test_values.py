@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -20,6 +20,7 @@ import lmtfast as lf
 from lmtfast.enclosure import LogitEnclosure
 from lmtfast.errors import InputDomainError, LmtfastError, NonFiniteError
 from lmtfast.guarantee import check_certifiable, plan_bound
+from lmtfast.level import Level
 from lmtfast.nn import Normalize
 from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.samples import Samples
@@ -83,7 +84,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def answer(case: Traced, x: Tensor) -> tuple[lf.LipschitzBound, Tensor, Tensor]:
     check_certifiable(case.model)
-    bound = plan_bound(case.plan, case.model, level="rigorous")
+    bound = plan_bound(case.plan, case.model, level=Level("rigorous"))
     norms = {name: float(norm) for name, norm in bound.per_operator.items()}
     return bound, *LogitEnclosure(case.model, case.traced, norms=norms)(x)
 
@@ -98,14 +99,14 @@ def test_the_table_covers_every_tensor_of_twelve_kinds() -> None:
 
 
 @pytest.fixture
-def entry(request: pytest.FixtureRequest) -> tuple[Traced, str, Tensor]:
+def entry(request: pytest.FixtureRequest) -> Iterator[tuple[Traced, str, Tensor]]:
     """A tensor whose first entry may be overwritten; restored afterwards."""
     kind, name = request.param
     case = traced_once(kind)
     tensor = tensors_of(case.model)[name].data
     saved = tensor.clone()
-    request.addfinalizer(lambda: tensor.copy_(saved))
-    return case, name, tensor.reshape(-1)
+    yield case, name, tensor.reshape(-1)
+    tensor.copy_(saved)
 
 
 @pytest.mark.parametrize("entry", PLACES, indirect=True, ids=" ".join)
@@ -195,7 +196,7 @@ def bounds(model: nn.Module, shape: tuple[int, ...], change: Callable[[int], Non
     for k in SCALES:
         change(k)
         check_certifiable(model)
-        found.append(float(plan_bound(plan, model, level="rigorous").total))
+        found.append(float(plan_bound(plan, model, level=Level("rigorous")).total))
     return found
 
 
@@ -249,6 +250,6 @@ def test_rows_of_very_different_scale() -> None:
         weight = dyadic((2, 3), rng)
         rows = torch.stack([scaled_up(weight[0], a), scaled_up(weight[1], b)])
         layer.weight.data.copy_(rows)
-        total = float(plan_bound(plan, layer, level="rigorous").total)
+        total = float(plan_bound(plan, layer, level=Level("rigorous")).total)
         assert norm_is_at_most(rows.double().numpy(), total)
         assert total > 0.0 or not rows.any()
