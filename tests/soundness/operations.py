@@ -25,64 +25,99 @@ class Operation:
     named: tuple[str, ...]
 
 
+# What a refusal may name instead: the call that an operation is made of.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "baddbmm": ("baddbmm",), "bmm": ("matmul",), "bool": ("cast",), "complex": ("complex", "abs"),
+    "corrcoef": ("equal", "cov"), "cov": ("equal", "cov"), "diag_embed": ("diag",),
+    "diff": ("mul",), "dist": ("dist", "norm"), "dot": ("mul",), "F.bilinear": ("trilinear",),
+    "F.cosine_similarity": ("cosine_similarity", "norm"), "F.cross_entropy": ("argmax",),
+    "F.embedding": ("cast",), "F.gumbel_softmax": ("empty_like", "exponential"),
+    "F.hardshrink": ("le.", "hardshrink"), "F.huber_loss": ("broadcast_tensors", "huber_loss"),
+    "F.logsigmoid_squared": ("pow",), "F.mse_loss": ("broadcast_tensors", "mse_loss"),
+    "F.multi_margin_loss": ("argmax",), "F.normalize": ("norm",), "F.one_hot": ("cast",),
+    "F.pairwise_distance": ("pairwise_distance", "norm"), "F.rms_norm": ("rms_norm", "pow"),
+    "F.scaled_dot_product_attention": ("attention", "matmul"), "F.silu_by_hand": ("mul",),
+    "F.softmin": ("softmax",), "F.softshrink": ("gt.",), "F.softsign": ("div",),
+    "fft.fft": ("fft",), "fft.ifft2": ("fft",), "fft.rfft": ("fft",), "float_power": ("pow",),
+    "floor_divide": ("floor_divide", "div"), "fmax": ("mul",), "gather": ("argsort",),
+    "gcd": ("cast",), "index_put": ("slice",), "int": ("cast",), "isclose": ("isclose", "abs"),
+    "item": ("sum",), "kron": ("kron", "batch"), "ldexp": ("ldexp", "pow"), "msort": ("sort",),
+    "mvlgamma": ("mvlgamma", "lgamma"), "nansum": ("nansum",), "outer": ("einsum",),
+    "polar": ("polar", "abs"), "round_decimals": ("round",), "stft": ("view", "stft"),
+    "tril_product": ("matmul", "tril"), "unbind_copy": ("pow",), "vander": ("select", "vander"),
+}  # fmt: skip
 OPERATIONS: dict[str, Operation] = {}
 
 
-def _add(name: str, function: Callable[[Tensor], Tensor], shape: Shape, *named: str) -> None:
-    OPERATIONS[name] = Operation(
-        lambda: Lambda(lambda m, x: function(x)).eval(), shape, named or (name.split(".")[-1],)
-    )
+def _add(prefix: str, functions: dict[str, Callable[..., Tensor]], shape: Shape = (4,)) -> None:
+    for name, function in functions.items():
+        aliases = ALIASES.get(prefix + name, ALIASES.get(name, (name,)))
+        OPERATIONS[prefix + name] = Operation(
+            lambda f=function: Lambda(lambda m, x: f(x)).eval(), shape, aliases
+        )
 
 
-def _each(prefix: str, module: Any, names: str, shape: Shape = (4,)) -> None:
-    for name in names.split():
-        _add(f"{prefix}{name}", getattr(module, name), shape)
+def _named(module: Any, names: str, *arguments: Any) -> dict[str, Callable[..., Tensor]]:
+    return {n: lambda x, n=n: getattr(module, n)(x, *arguments) for n in names.split()}
 
 
 W = torch.tensor([[0.5, -1.0, 2.0, 0.25]])
 MASK = torch.tensor([True, False, True, True])
 
-_each("torch.", torch, """
+_add(
+    "torch.",
+    _named(
+        torch,
+        """
     exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal tan asin acos sinh cosh asinh
     acosh atanh sign sgn floor ceil round trunc frac erfc erfinv lgamma digamma logit deg2rad
     rad2deg sinc nan_to_num signbit isnan isinf isfinite angle conj_physical i0 bitwise_not
     logical_not
-""")  # fmt: skip
-_each("special.", torch.special, """
+""",
+    ),
+)
+_add(
+    "special.",
+    _named(
+        torch.special,
+        """
     entr ndtr ndtri log_ndtr i0e i1 i1e erfcx bessel_j0 bessel_j1 bessel_y0 bessel_y1
     modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 scaled_modified_bessel_k0
     spherical_bessel_j0 airy_ai expit psi
-""")  # fmt: skip
-_each("linalg.", torch.linalg, """
+""",
+    ),
+)
+_add(
+    "linalg.",
+    _named(
+        torch.linalg,
+        """
     inv det slogdet matrix_norm svdvals eigvalsh cholesky_ex qr pinv matrix_exp matrix_rank cond
-""", (3, 3))  # fmt: skip
-for _name in ("cumsum", "cumprod", "logcumsumexp", "softmax", "log_softmax", "logsumexp", "prod",
-              "argsort", "argmin", "std", "var", "nansum", "diff", "unbind_copy", "all", "any",
-              "count_nonzero", "median", "nanmedian", "mode", "cummax", "cummin", "kthvalue",
-              "aminmax", "quantile", "renorm", "msort", "unique_consecutive", "bucketize"):  # fmt: skip
-    _special = {
-        "median": lambda x: torch.median(x, 1)[0], "nanmedian": lambda x: torch.nanmedian(x, 1)[0],
-        "mode": lambda x: torch.mode(x, 1)[0], "cummax": lambda x: torch.cummax(x, 1)[0],
-        "cummin": lambda x: torch.cummin(x, 1)[0], "kthvalue": lambda x: x.kthvalue(2, 1)[0],
-        "aminmax": lambda x: torch.aminmax(x, dim=1)[0], "msort": lambda x: torch.msort(x),
-        "quantile": lambda x: torch.quantile(x, 0.5, 1), "renorm": lambda x: x.renorm(2, 0, 1.0),
-        "unique_consecutive": lambda x: torch.unique_consecutive(x, dim=1),
-        "bucketize": lambda x: torch.bucketize(x, torch.tensor([0.0, 1.0])).float(),
-        "diff": lambda x: torch.diff(x * x, dim=1), "unbind_copy": lambda x: x.unbind(1)[0] ** 3,
-    }  # fmt: skip
-    _call = _special.get(_name, lambda x, n=_name: getattr(torch, n)(x, 1))
-    _alias = {"quantile": ("quantile",), "diff": ("mul",), "unbind_copy": ("pow",),
-              "msort": ("sort", "batch"), "nansum": ("nansum", "isnan", "where")}  # fmt: skip
-    _add(f"torch.{_name}", _call, (4,), *_alias.get(_name, (_name,)))
-for _name, _function in {
-    "fft.rfft": lambda x: torch.fft.rfft(x).abs(), "fft.fft": lambda x: torch.fft.fft(x).real,
-    "fft.ifft2": lambda x: torch.fft.ifft2(x).imag,
-    "stft": lambda x: torch.stft(x, 4, 2, window=torch.ones(4), return_complex=True).abs(),
-}.items():  # fmt: skip
-    _add(
-        _name, _function, (8, 8) if "2" in _name else (8,), "fft", "stft", "complex", "abs", "view"
-    )
-for _name, _function in {
+""",
+    ),
+    (3, 3),
+)
+_add("torch.", _named(torch, """
+    cumsum cumprod logcumsumexp softmax log_softmax logsumexp prod argsort argmin std var nansum
+    all any count_nonzero
+""", 1))  # fmt: skip
+_add("torch.", {
+    "median": lambda x: torch.median(x, 1)[0], "nanmedian": lambda x: torch.nanmedian(x, 1)[0],
+    "mode": lambda x: torch.mode(x, 1)[0], "cummax": lambda x: torch.cummax(x, 1)[0],
+    "cummin": lambda x: torch.cummin(x, 1)[0], "kthvalue": lambda x: x.kthvalue(2, 1)[0],
+    "aminmax": lambda x: torch.aminmax(x, dim=1)[0], "msort": lambda x: torch.msort(x),
+    "quantile": lambda x: torch.quantile(x, 0.5, 1), "renorm": lambda x: x.renorm(2, 0, 1.0),
+    "unique_consecutive": lambda x: torch.unique_consecutive(x, dim=1),
+    "bucketize": lambda x: torch.bucketize(x, torch.tensor([0.0, 1.0])).float(),
+    "diff": lambda x: torch.diff(x * x, dim=1), "unbind_copy": lambda x: x.unbind(1)[0] ** 3,
+})  # fmt: skip
+_add("fft.", {
+    "rfft": lambda x: torch.fft.rfft(x).abs(), "fft": lambda x: torch.fft.fft(x).real,
+}, (8,))  # fmt: skip
+_add("", {"fft.ifft2": lambda x: torch.fft.ifft2(x).imag}, (8, 8))
+_add("", {"stft": lambda x: torch.stft(
+    x, 4, 2, window=torch.ones(4), return_complex=True).abs()}, (8,))  # fmt: skip
+_add("", {
     "pow": lambda x: torch.pow(x, 3.0), "float_power": lambda x: torch.float_power(x, 2),
     "xlogy": lambda x: torch.xlogy(x, x), "hypot": lambda x: torch.hypot(x, x),
     "atan2": lambda x: torch.atan2(x, W), "fmod": lambda x: torch.fmod(x, 2.0),
@@ -121,22 +156,8 @@ for _name, _function in {
     "int": lambda x: x.int().float(), "view_as_complex": lambda x: torch.view_as_complex(
         x.unflatten(1, (2, 2))).abs(), "bool": lambda x: x.bool().float(),
     "nonzero": lambda x: x.nonzero().float(), "item": lambda x: x * x.sum().item(),
-}.items():  # fmt: skip
-    _add(_name, _function, (4,), *{
-        "float_power": ("pow",), "dot": ("mul",), "outer": ("mul", "einsum", "bmm", "product"),
-        "bmm": ("matmul", "bmm"), "kron": ("kron", "mul", "size", "shape"), "dist": ("dist", "norm"),
-        "isclose": ("isclose", "sub", "abs", "eq", "bool"), "polar": ("polar", "abs", "batch"),
-        "diag_embed": ("diag",), "tril_product": ("tril", "matmul"), "index_put": ("index", "slice"),
-        "floor_divide": ("floor_divide", "div"), "cov": ("cov", "equal"),
-        "int": ("int", "cast"), "bool": ("bool", "cast"), "item": ("sum", "item"),
-        "corrcoef": ("equal", "cov"), "vander": ("select", "vander"),
-        "complex": ("complex", "abs"), "round_decimals": ("round",), "rand": ("rand",),
-        "masked_select": ("masked_select", "batch"), "nonzero": ("nonzero", "batch"),
-        "view_as_complex": ("view_as_complex",), "fmax": ("mul",), "gcd": ("cast",),
-        "gather": ("argsort", "gather"), "ldexp": ("ldexp", "pow"),
-        "normal": ("normal",), "mvlgamma": ("mvlgamma", "lgamma", "arange"),
-    }.get(_name, (_name,)))  # fmt: skip
-for _name, _function in {
+})  # fmt: skip
+_add("F.", {
     "layer_norm": lambda x: F.layer_norm(x, (4,)), "rms_norm": lambda x: F.rms_norm(x, (4,)),
     "group_norm": lambda x: F.group_norm(x, 2), "normalize": lambda x: F.normalize(x),
     "softmin": lambda x: F.softmin(x, 1), "gumbel_softmax": lambda x: F.gumbel_softmax(x),
@@ -155,23 +176,9 @@ for _name, _function in {
         x, 2 * x), "kl_div": lambda x: F.kl_div(x, 2 * x),
     "cross_entropy": lambda x: F.cross_entropy(x, x.argmax(1)), "poisson_nll_loss": lambda x:
         F.poisson_nll_loss(x, 2 * x), "multi_margin_loss": lambda x:
-        F.multi_margin_loss(x, x.argmax(1)), "pdist": lambda x: F.pdist(x), "rrelu": lambda x: F.rrelu(
-        x, training=True),
-}.items():  # fmt: skip
-    _add(f"F.{_name}", _function, (4,), *{
-        "cosine_similarity": ("cosine_similarity", "norm"), "normalize": ("norm",),
-        "pairwise_distance": ("pairwise_distance", "norm"), "silu_by_hand": ("mul",),
-        "softmin": ("softmax",), "gumbel_softmax": ("empty_like", "exponential"),
-        "one_hot": ("one_hot", "scatter", "cast", "item"), "embedding": ("cast", "embedding"),
-        "logsigmoid_squared": ("pow",), "scaled_dot_product_attention": ("attention", "matmul"),
-        "cross_entropy": ("cross_entropy", "softmax", "argmax"), "softsign": ("div", "division"),
-        "bilinear": ("bilinear", "trilinear"), "tanhshrink": ("tanhshrink",), "pdist": ("pdist",),
-        "poisson_nll_loss": ("poisson_nll_loss",),
-        "mse_loss": ("broadcast_tensors", "mse_loss"),
-        "huber_loss": ("broadcast_tensors", "huber_loss"), "kl_div": ("kl_div", "mul", "batch"),
-        "rms_norm": ("rms_norm", "pow"), "hardshrink": ("le.", "hardshrink"), "softshrink": ("gt.",),
-        "multi_margin_loss": ("multi_margin", "argmax"),
-    }.get(_name, (_name,)))  # fmt: skip
+        F.multi_margin_loss(x, x.argmax(1)), "pdist": lambda x: F.pdist(x),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

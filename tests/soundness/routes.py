@@ -243,7 +243,8 @@ simple(
     ),
 )
 simple("load_state_dict, assign", lambda m: m.load_state_dict(
-    {k: 3 * v if k.startswith("enter") else v for k, v in m.state_dict().items()}, assign=True))  # fmt: skip
+    {k: 3 * v if k.startswith("enter") else v for k, v in m.state_dict().items()},
+    assign=True))  # fmt: skip
 
 
 class Tripled(nn.Module):

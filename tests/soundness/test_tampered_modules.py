@@ -182,7 +182,8 @@ TAMPERED: dict[str, Tamper] = {
     "weight registered twice": registered_parameter_twice,
     "in-place on the input": set_forward(lambda x: x.mul_(5)),
     "returns its input's view": set_forward(lambda x: x.view_as(x) * 5),
-    "jitted part": lambda m: m.__setitem__(1, torch.jit.trace(nn.ReLU(), torch.rand(2, 4).double())),
+    "jitted part": lambda m: m.__setitem__(
+        1, torch.jit.trace(nn.ReLU(), torch.rand(2, 4).double())),
     "compiled part": lambda m: setattr(m[1], "forward", torch.compiler.disable(
         lambda x: 5 * F.relu(x))),
 }  # fmt: skip
