@@ -142,7 +142,8 @@ class NetworkBound(nn.Module):
             tensors (float32, or float64 for float64 weights), differentiable in the parameters.
 
         Raises:
-            StalePlanError: The model's structure changed since it was traced.
+            StalePlanError: The model's structure, a layer's settings, hooks or forward changed
+                since it was traced, so that the traced program is no longer the model's.
         """
         iterates = self.state.iterates
         if (iterates.device.type, iterates.dtype) != self._runs_on:
