@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmtfast.certificate import write_atomically
 from lmtfast.errors import ArgumentError, ViolationError
+from lmtfast.files import write_atomically
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -105,7 +105,7 @@ def decode(content: bytes) -> dict[str, Any]:
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError("a header of more than 64 MiB")
     header = json.loads(
-        text.decode("ascii"), object_pairs_hook=_unique, parse_float=_no_float,
+        text.decode("ascii"), object_pairs_hook=unique, parse_float=_no_float,
         parse_constant=_no_float,
     )  # fmt: skip
     schema = header.get("schema") if isinstance(header, dict) else None
@@ -173,20 +173,15 @@ def _members(content: bytes) -> dict[str, bytes]:
 
 
 def _array(data: bytes, dtype: str) -> np.ndarray:
-    stream = io.BytesIO(data)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("another npy version")
-    shape, fortran, kind = np.lib.format.read_array_header_1_0(stream)
-    expected = np.dtype(dtype)
-    if len(shape) != 1 or kind != expected or fortran:
-        raise ValueError(f"an array of shape {shape} and dtype {kind}")
-    rest = data[stream.tell() :]
-    if len(rest) != shape[0] * expected.itemsize:
-        raise ValueError("an array of another length than its header says")
-    return np.frombuffer(rest, dtype=expected)
+    """A vector, whose npy header is compared and never parsed."""
+    array = np.frombuffer(data[10 + int.from_bytes(data[8:10], "little") :], dtype=dtype)
+    if _npy(array) != data:
+        raise ValueError(f"another npy header than that of {len(array)} numbers of dtype {dtype}")
+    return array
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A hook for json.loads that refuses what two readers may understand differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")

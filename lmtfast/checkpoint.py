@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,15 +17,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from lmtfast.certificate_file import unique
 from lmtfast.config import MAY_CHANGE_ON_RESUME, TrainConfig, from_mapping
 from lmtfast.errors import ConfigError, MissingDependencyError
+from lmtfast.files import write_atomically, writing
 from lmtfast.models import MODELS, build_model
 
 SCHEMA = 1
 KEEP = 2
 METADATA_KEY = "lmtfast"
 CHECKSUM_KEY = "sha256"
+MAX_HEADER_BYTES = 1 << 26
+HEADER: Mapping[str, type] = {
+    "classes": int, "config": dict, "dataset": str, "dataset_digest": str, "epoch": int,
+    "history": list, "input_shape": list, "schema": int, "step": int,
+}  # fmt: skip
+# What the state of a parameter consists of: of its shape and dtype but for the number of steps.
+OPTIMIZER_STATE: Mapping[type, set[str]] = {
+    torch.optim.Adam: {"exp_avg", "exp_avg_sq", "step"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
 FILE_NAME = re.compile(r"epoch-(\d{6,})\.safetensors")
 
 _log = logging.getLogger(__name__)
@@ -79,8 +93,8 @@ class Checkpoint:
                 callable that is imported and called, so allow it only for files you trust.
 
         Raises:
-            ConfigError: A foreign model without ``import_model``, or tensors that do not fit the
-            network.
+            ConfigError: A foreign model without ``import_model``, or options or tensors that do
+            not fit the network, which is never built larger than the tensors.
         """
         name, where = self.config.model, str(self.path or "checkpoint")
         if name not in MODELS and not import_model:
@@ -90,32 +104,61 @@ class Checkpoint:
                 where,
                 "if you trust the file, pass import_model=True (--import-model)",
             )
-        with torch.random.fork_rng(devices=[]):
+        tensors = self.group("model")
+        entries = sum(t.numel() for t in tensors.values())
+        allowance = _Allowance(entries) if name in MODELS else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), allowance:
             model = build_model(
                 name,
                 input_shape=self.input_shape,
                 classes=self.classes,
                 options=self.config.model_options,
             )
-        load_tensors(model, self.group("model"), where=f"{where}: model")
+        load_tensors(model, tensors, where=f"{where}: model")
         return model.eval()
 
 
+class _Allowance(TorchFunctionMode):
+    """Stops a network that grows beyond the tensors it is built for."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.left = entries
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.empty, torch.ones, torch.zeros):
+            self.left -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
+            if self.left < 0:
+                raise ValueError("more weights than the checkpoint's tensors fit")
+        return func(*args, **(kwargs or {}))
+
+
 def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
-    """``load_state_dict`` with the library's error.
+    """``load_state_dict`` that neither casts nor leaves anything out.
 
     Raises:
-        ConfigError: Names or shapes differ from those of the module.
+        ConfigError: Names, shapes or dtypes differ from those of the module.
     """
-    try:
-        module.load_state_dict(dict(tensors))
-    except RuntimeError as error:
-        raise ConfigError(
-            "tensors that fit the module",
-            str(error).splitlines()[-1].strip(),
-            where,
-            "use the code and the configuration the checkpoint was written with",
-        ) from error
+    _check_fit(module, tensors, where)
+    module.load_state_dict(dict(tensors))
+
+
+def _check_fit(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    state = module.state_dict()
+    wrong = sorted(state.keys() ^ tensors.keys())
+    wrong += [n for n in state.keys() & tensors.keys() if not _alike(tensors[n], state[n])]
+    if wrong:
+        raise _misfit("tensors that fit the module", wrong, where)
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _misfit(expected: str, wrong: list[str], where: str) -> ConfigError:
+    names = ", ".join(wrong[:5])
+    remedy = "use the code and the configuration the checkpoint was written with"
+    return ConfigError(expected, f"others, or none, for {names}", where, remedy)
 
 
 def optimizer_tensors(
@@ -131,34 +174,53 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[str], tensors: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[str],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    where: str = "checkpoint",
 ) -> None:
-    """Put back what :func:`optimizer_tensors` named; ``parameters`` in the optimiser's order."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for index, name in enumerate(parameters):
-        entries = {
-            k.rpartition("/")[2]: t for k, t in tensors.items() if k.rpartition("/")[0] == name
-        }
-        if entries:
-            state[index] = entries
+    """Put back what :func:`optimizer_tensors` named; ``parameters`` in the optimiser's order.
+
+    Raises:
+        ConfigError: A tensor has no parameter, or another shape or dtype than its parameter. The
+            fused update would read and write beyond its end.
+    """
+    entries: dict[str, dict[str, torch.Tensor]] = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        entries.setdefault(name, {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    keys, count = OPTIMIZER_STATE[type(optimizer)], torch.zeros(())
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    wrong: list[str] = []
+    for index, (name, parameter) in enumerate(zip(parameters, held, strict=True)):
+        if found := entries.pop(name, None):
+            state[index] = found
+            fits = found.keys() == keys and all(
+                _alike(t, count if k == "step" else parameter) for k, t in found.items()
+            )
+            wrong += [] if fits else [name]
+    if wrong or entries:
+        raise _misfit("the optimiser's state of every parameter", [*wrong, *entries], where)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def save_checkpoint(directory: str | Path, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
     """Write a checkpoint atomically and delete all but the newest ``keep``.
 
-    The file is written beside its final name, flushed to the disk and renamed, and the directory is
-    flushed: after a crash the name holds the whole file or does not exist.
+    After a crash the name holds the whole file or does not exist; what a killed process left behind
+    half written is deleted by the next call.
 
     Returns:
         Path of the file, ``directory/epoch-NNNNNN.safetensors``.
 
     Raises:
         MissingDependencyError: safetensors is not installed.
+        WriteError: The disk is full, or cannot be written to; older checkpoints are whole.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     # Clones, because safetensors refuses tensors that share memory, and a fused optimiser may keep
     # views.
     tensors = {n: t.detach().to("cpu").clone().contiguous() for n, t in checkpoint.tensors.items()}
@@ -176,9 +238,14 @@ def save_checkpoint(directory: str | Path, checkpoint: Checkpoint, *, keep: int 
     text = json.dumps(header, sort_keys=True)
     metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, tensors)}
     path = directory / f"epoch-{checkpoint.epoch:06d}.safetensors"
-    _write_atomically(path, _safetensors().save(tensors, metadata))
-    for _, old in _checkpoint_files(directory)[:-keep]:
-        old.unlink()
+    content = _safetensors().save(tensors, metadata)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(".epoch-*.tmp"):
+            leftover.unlink()
+        write_atomically(path, content)
+        for _, old in _checkpoint_files(directory)[:-keep]:
+            old.unlink()
     return path
 
 
@@ -278,14 +345,20 @@ def _read(path: Path) -> Checkpoint:
     try:
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")
-        metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        metadata = json.loads(raw[8 : 8 + length], object_pairs_hook=unique)["__metadata__"]
         tensors = library.load(raw)
         text = metadata[METADATA_KEY]
         if metadata[CHECKSUM_KEY] != _checksum(text, tensors):
             raise ValueError("its checksum does not match its contents")
+        if any(t.dtype == torch.bool and (t.view(torch.uint8) > 1).any() for t in tensors.values()):
+            raise ValueError("a truth value that is neither 0 nor 1")
         header = json.loads(text)
         if header["schema"] != SCHEMA:
             raise ValueError(f"it has schema {header['schema']}, this version reads {SCHEMA}")
+        if json.dumps(header, sort_keys=True) != text or not _consistent(header):
+            raise ValueError("a header that no training run writes")
         return Checkpoint(
             config=from_mapping(header["config"], where=f"{path}: config"),
             epoch=header["epoch"],
@@ -310,6 +383,19 @@ def _read(path: Path) -> Checkpoint:
         ) from error
 
 
+def _consistent(header: Mapping[str, Any]) -> bool:
+    """Whether every field has its type, sizes are positive, and every epoch has its history."""
+    if header.keys() != HEADER.keys() or any(type(header[k]) is not HEADER[k] for k in HEADER):
+        return False
+    sizes, history = [*header["input_shape"], header["classes"]], header["history"]
+    return (
+        all(type(n) is int and n > 0 for n in sizes)
+        and header["step"] >= 0
+        and len(history) == header["epoch"]
+        and all(type(row) is dict for row in history)
+    )
+
+
 def _checkpoint_files(directory: Path) -> list[tuple[int, Path]]:
     matches = ((FILE_NAME.fullmatch(f.name), f) for f in directory.iterdir())
     return sorted((int(m[1]), f) for m, f in matches if m)
@@ -323,22 +409,6 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
         if tensor.numel():
             sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    # A fixed temporary name: what a crash leaves behind is overwritten by the next attempt.
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def _safetensors() -> ModuleType:

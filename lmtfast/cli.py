@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typer.main.get_command(app).main(args=words, prog_name="lmtfast")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_OK
-    except LmtfastError as error:
+    except (LmtfastError, OSError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return EXIT_USAGE
     return EXIT_OK

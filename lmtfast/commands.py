@@ -229,6 +229,7 @@ def certify(
     from lmtfast.certification import certify as run_certify
     from lmtfast.checkpoint import load_checkpoint
     from lmtfast.description import save_weights
+    from lmtfast.files import writing
     from lmtfast.tables import attack_table, certificate_table
     from lmtfast.verified.budget import Budget
 
@@ -254,7 +255,8 @@ def certify(
             budget=Budget(budget, memory * 2**30),
             progress=report,
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     attacked = None
     if attack:
         with attack_progress() as progress:

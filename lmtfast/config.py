@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "engine": ("auto", "operator", "symbol", "separable"),
     "batch_norm": ("running", "batch"),
 }
+# TOML's parser takes quadratic time for a long key, and recurses into tables and lists.
+MAX_CONFIG_BYTES = 1 << 14
+MAX_OPTION_DEPTH = 8
 NOT_NEGATIVE = (
     "eps", "eps_start", "eps_ramp_epochs", "trades_weight", "weight_decay", "momentum", "seed",
 )  # fmt: skip
@@ -229,7 +231,8 @@ def load_config(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "a readable TOML file",
@@ -246,9 +249,14 @@ def parse_config(text: str, *, where: str) -> TrainConfig:
     Raises:
         ConfigError: Not TOML, an unknown key, or an illegal value.
     """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"at most {MAX_CONFIG_BYTES} bytes", "more", where, "this is not a configuration"
+        )
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    # ValueError: not TOML, or an integer of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             "TOML", str(error), where, "correct the syntax at the position named"
         ) from error
@@ -265,10 +273,18 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(name: str, value: Any, depth: int = 0) -> Any:
+    """What JSON can hold and give back, unchangeable."""
+    if depth > MAX_OPTION_DEPTH:
+        raise _wrong(name, f"at most {MAX_OPTION_DEPTH} levels", "more")
     if isinstance(value, Mapping):
-        return MappingProxyType({str(k): _frozen(v) for k, v in value.items()})
-    return tuple(_frozen(v) for v in value) if isinstance(value, (tuple, list)) else value
+        items = {str(k): _frozen(f"{name}.{k}", v, depth + 1) for k, v in value.items()}
+        return MappingProxyType(items)
+    if isinstance(value, (tuple, list)):
+        return tuple(_frozen(name, v, depth + 1) for v in value)
+    if isinstance(value, bool | str) or value is None:
+        return value
+    return _integer(name, value) if isinstance(value, int) else _number(name, value)
 
 
 def _canonical_json(value: Any) -> str:
@@ -280,14 +296,18 @@ def _wrong(name: str, expected: str, got: object) -> ConfigError:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _wrong(name, "a finite number", value)
+    if not abs(value) <= sys.float_info.max:
+        raise _wrong(name, "a finite number", "one out of range")
     return float(value)
 
 
 def _integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong(name, "an integer", value)
+    if not -(2**63) <= value < 2**63:
+        raise _wrong(name, "an integer of 64 bits", "a larger one")
     return value
 
 
@@ -313,7 +333,7 @@ def _normalised(config: TrainConfig) -> Iterator[tuple[str, Any]]:
         else:
             if not isinstance(value, Mapping):
                 raise _wrong(name, "a table", value)
-            yield name, _frozen(value)
+            yield name, _frozen(name, value)
 
 
 def _check_values(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from lmtfast.certification import certify
 from lmtfast.checkpoint import remove_checkpoints
 from lmtfast.data import load_dataset
 from lmtfast.errors import MissingDependencyError
+from lmtfast.files import write_atomically, writing
 from lmtfast.layer_bounds import LayerBounds, layer_bounds, write_layers
 from lmtfast.recipes import load_recipe
 from lmtfast.training import Progress, train
@@ -66,16 +67,16 @@ def run_demo(
     write_layers(files[2], layers)
     files += _curve(out / "curve.png", certificates, radii)
     seconds["total"] = time.perf_counter() - began
-    files[3].write_text(
-        "".join(f"{name}: {value:.1f}\n" for name, value in seconds.items()), encoding="utf-8"
-    )
+    times = "".join(f"{name}: {value:.1f}\n" for name, value in seconds.items())
+    write_atomically(files[3], times.encode())
     return DemoResult(certificates, radii, tuple(files), seconds["total"])
 
 
 def _train_and_certify(
     out: Path, epochs: int | None, progress: Progress | None
 ) -> tuple[dict[str, Certificate], dict[str, LayerBounds], dict[str, float], tuple[float, ...]]:
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     data = load_dataset("digits")
     certificates: dict[str, Certificate] = {}
     layers: dict[str, LayerBounds] = {}

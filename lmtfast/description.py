@@ -9,6 +9,7 @@ what they do: where every entry comes from, and which window every entry average
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.certificate_file import canonical_json
+from lmtfast.files import write_atomically
 from lmtfast.graph import (
     INPUT,
     Average,
@@ -70,10 +72,10 @@ class NetworkDescription:
 
     def save(self, path: str | Path) -> Path:
         """Write the arrays as an ``.npz`` file for ``python -m lmtfast.check``."""
-        with open(path, "wb") as file:
-            arrays: Any = {name: self.arrays[name] for name in sorted(self.arrays)}
-            np.savez(file, **arrays)
-        return Path(path)
+        content = io.BytesIO()
+        arrays: Any = {name: self.arrays[name] for name in sorted(self.arrays)}
+        np.savez(content, **arrays)
+        return write_atomically(Path(path), content.getbuffer())
 
 
 class _Unknown(Exception):

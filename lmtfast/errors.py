@@ -74,5 +74,9 @@ class ViolationError(LmtfastError):
     """An attack changed the class of an input inside its certified radius."""
 
 
+class WriteError(LmtfastError, OSError):
+    """A file cannot be written: the disk is full, or may not be written to, or fails."""
+
+
 class ConfigError(LmtfastError, ValueError):
     """A training configuration or checkpoint cannot be used."""

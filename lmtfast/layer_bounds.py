@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +17,7 @@ from lmtfast.backends.reference import effective_weight
 from lmtfast.bound import LipschitzBound
 from lmtfast.closed_form import cisse, corollary_1, has_closed_form
 from lmtfast.estimation import NetworkBound
+from lmtfast.files import write_atomically
 from lmtfast.graph import Conv, Operator, Region
 from lmtfast.guarantee import check_certifiable, check_method, plan_bound
 from lmtfast.level import Level
@@ -121,18 +123,17 @@ def layer_bounds(
 
 def write_layers(path: str | Path, networks: Mapping[str, LayerBounds]) -> Path:
     """Write the layers of one or several networks, by name, as CSV."""
-    path = Path(path)
     columns = ["network", "level", *(f.name for f in fields(LayerBound))]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        for network, result in networks.items():
-            for layer in result.layers:
-                row = asdict(layer) | {"network": network, "level": result.bound.level}
-                for key in ("in_shape", "out_shape"):
-                    row[key] = "x".join(map(str, row[key]))
-                writer.writerow(row)
-    return path
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns)
+    writer.writeheader()
+    for network, result in networks.items():
+        for layer in result.layers:
+            row = asdict(layer) | {"network": network, "level": result.bound.level}
+            for key in ("in_shape", "out_shape"):
+                row[key] = "x".join(map(str, row[key]))
+            writer.writerow(row)
+    return write_atomically(Path(path), text.getvalue().encode())
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmtfast.errors import ArgumentError, MissingDependencyError
+from lmtfast.files import write_atomically
 
 if TYPE_CHECKING:
     from lmtfast.attack_report import AttackReport
@@ -117,8 +119,10 @@ def plot_certificates(
     path = Path(path)
     # A fixed Software entry: the same certificates give the same file.
     metadata = {"Software": "lmtfast"} if path.suffix == ".png" else None
-    figure.savefig(path, metadata=metadata)
-    return path
+    content = io.BytesIO()
+    kind = path.suffix[1:] or "png"
+    figure.savefig(content, format=kind, metadata=metadata)
+    return write_atomically(path, content.getbuffer())
 
 
 def _drawn(radii: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

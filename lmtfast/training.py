@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from lmtfast.config import TrainConfig
 from lmtfast.data import Dataset, batches
 from lmtfast.errors import ConfigError, NonFiniteError
 from lmtfast.estimation import NetworkBound
+from lmtfast.files import write_atomically, writing
 from lmtfast.losses import margin_cross_entropy
 from lmtfast.models import build_model
 
@@ -137,14 +139,15 @@ def train(
             run.restore(load_checkpoint(directory, allow_previous=allow_previous))
         _log.info("training %s on %s: %s", config.model, data.name, config.canonical())
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.json").write_text(config.canonical() + "\n", encoding="utf-8")
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(directory / "config.json", f"{config.canonical()}\n".encode())
+            run.write_tables(directory)  # a run that was stopped may have left older ones
         while run.epoch < config.epochs:
             run.one_epoch(progress)
             if directory is not None:
                 run.saved = save_checkpoint(directory, run.checkpoint())
-                _write_history(directory / "history.csv", run.history)
-                _write_losses(directory / "losses.csv", run.losses, config.log_every)
+                run.write_tables(directory)
     seconds = time.perf_counter() - started
     return TrainResult(
         run.model.eval(), config, run.history, torch.tensor(run.losses), seconds, run.saved
@@ -293,17 +296,41 @@ class _Run:
             tensors=tensors,
         )
 
+    def write_tables(self, directory: Path) -> None:
+        """The history, and the mean loss of each ``log_every`` steps."""
+        if self.history:
+            names = list(self.history[0])
+            rows = [names, *([row[n] for n in names] for row in self.history)]
+            _write_table(directory / "history.csv", rows)
+            every = self.config.log_every
+            starts = range(0, len(self.losses), every)
+            parts = [self.losses[start : start + every] for start in starts]
+            means = [(s + len(p), sum(p) / len(p)) for s, p in zip(starts, parts, strict=True)]
+            _write_table(directory / "losses.csv", [("step", "mean_loss"), *means])
+
     def restore(self, saved: Checkpoint) -> None:
         check_resumable(saved, self.config, digest=self.data.digest)
         load_tensors(self.model, saved.group("model"), where=f"{saved.path}: model")
         if self.bound is not None:
             load_tensors(self.bound, saved.group("bound"), where=f"{saved.path}: bound")
-        restore_optimizer(self.optimizer, self.names.values(), saved.group("optimizer"))
+        state = saved.group("optimizer")
+        restore_optimizer(self.optimizer, self.names.values(), state, where=str(saved.path))
         self.epoch, self.history, self.saved = saved.epoch, list(saved.history), saved.path
-        self.losses = saved.tensors["losses"].tolist()
-        torch.set_rng_state(saved.tensors["rng/cpu"])
-        if self.device.type == "cuda" and "rng/cuda" in saved.tensors:
-            torch.cuda.set_rng_state(saved.tensors["rng/cuda"], self.device)
+        try:
+            losses, states = saved.tensors["losses"], saved.group("rng")
+            if losses.shape != (saved.step,) or saved.step != self.epoch * self.steps_per_epoch:
+                raise ValueError(f"{tuple(losses.shape)} losses after {saved.step} steps")
+            self.losses = losses.tolist()
+            torch.set_rng_state(states["cpu"])
+            if self.device.type == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"], self.device)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "the losses and the generator's state of a run",
+                f"{type(error).__name__}: {error}",
+                str(saved.path),
+                "delete the file, or resume from the one before it (--allow-previous)",
+            ) from error
 
 
 def radius_estimate(
@@ -347,18 +374,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
-
-
-def _write_losses(path: Path, losses: list[float], every: int) -> None:
-    """Mean loss of each ``every`` steps."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "mean_loss"])
-        for start in range(0, len(losses), every):
-            part = losses[start : start + every]
-            writer.writerow([start + len(part), sum(part) / len(part)])
+def _write_table(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_atomically(path, text.getvalue().encode())

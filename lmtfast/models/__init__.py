@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lmtfast.errors import ConfigError
+from lmtfast.errors import ConfigError, LmtfastError
 from lmtfast.models.digits import DigitsNet
 from lmtfast.models.kolter_wong import KolterWong
 from lmtfast.models.wide_resnet import WideResNet
@@ -97,7 +97,17 @@ def build_model(
             "model_options",
             "correct the options",
         ) from error
-    model = factory(**arguments)
+    try:
+        model = factory(**arguments)
+    except LmtfastError:
+        raise
+    except Exception as error:
+        if name not in MODELS:
+            raise  # the caller's own code
+        raise ConfigError(
+            f"options and shapes that {name} accepts", f"{arguments}: {error}",
+            "model_options", "correct the options",
+        ) from error  # fmt: skip
     if not isinstance(model, nn.Module):
         raise ConfigError(
             "a torch.nn.Module", type(model).__name__, name, "return the module from the factory"

@@ -13,6 +13,7 @@ from lmtfast.models.kolter_wong import initialise
 # depends on it.
 BATCH_NORM_EPS = 2e-5
 BASE_WIDTHS = (16, 32, 64)
+MOST_BLOCKS = 200  # per group; the deepest in use have 166
 
 
 class WideBlock(nn.Module):
@@ -66,7 +67,7 @@ class WideResNet(nn.Module):
         Input ``(N, C, H, W)``, logits ``(N, K)``; float32.
 
     Raises:
-        ArgumentError: ``depth`` is not 6 n + 4, or the image is not a multiple of 4.
+        ArgumentError: ``depth`` is not 6 n + 4 or above 1204, or the image is not a multiple of 4.
 
     Guarantee:
         None. Every layer has a Lipschitz rule, so the network can be bounded at any level.
@@ -93,9 +94,9 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
-        if rest or blocks < 1:
+        if rest or not 1 <= blocks <= MOST_BLOCKS:
             raise ArgumentError(
-                "depth = 6 n + 4 with n >= 1",
+                f"depth = 6 n + 4 with n from 1 to {MOST_BLOCKS}",
                 str(depth),
                 "WideResNet(depth=)",
                 "choose 10, 16, 22, 28, 34 or 40",
