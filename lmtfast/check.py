@@ -412,7 +412,7 @@ def check_samples(header: Any, arrays: Any, scale: float, away: Any) -> None:
     gap[rows, c] = np.inf
     most = np.where(known, np.maximum(gap.min(1, initial=np.inf), 0.0), 0.0)
     fine = {"predictions": ~known | (z[rows, c] == z.max(1, initial=-np.inf)), "radii": radius == 0}
-    fine["margins"] = (margin >= 0) & (margin <= most)
+    fine["margins"] = (margin >= 0) & (margin <= most) & ((margin > 0) | (radius == 0))
     for one in np.unique(c):
         at, reach = c == one, away(int(one))
         reach = np.where((reach == 0) | (scale == 0), 0.0, np.nextafter(scale * reach, np.inf))
