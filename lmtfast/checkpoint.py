@@ -210,8 +210,7 @@ def restore_optimizer(
 def save_checkpoint(directory: str | Path, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
     """Write a checkpoint atomically and delete all but the newest ``keep``.
 
-    After a crash the name holds the whole file or does not exist; what a killed process left behind
-    half written is deleted by the next call.
+    After a crash the name holds the whole file or does not exist.
 
     Returns:
         Path of the file, ``directory/epoch-NNNNNN.safetensors``.
@@ -241,8 +240,6 @@ def save_checkpoint(directory: str | Path, checkpoint: Checkpoint, *, keep: int 
     content = _safetensors().save(tensors, metadata)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob(".epoch-*.tmp"):
-            leftover.unlink()
         write_atomically(path, content)
         for _, old in _checkpoint_files(directory)[:-keep]:
             old.unlink()

@@ -38,6 +38,7 @@ from lmtfast.losses import margin_cross_entropy
 from lmtfast.models import build_model
 
 EVALUATION_BATCH = 1000
+FILES = ("config.json", "history.csv", "losses.csv")  # beside the checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +142,9 @@ def train(
         if directory is not None:
             with writing(directory):
                 directory.mkdir(parents=True, exist_ok=True)
+                for name in (*FILES, "epoch-*.safetensors"):  # of a run that was killed
+                    for leftover in directory.glob(f".{name}.*.tmp"):
+                        leftover.unlink()
             write_atomically(directory / "config.json", f"{config.canonical()}\n".encode())
             run.write_tables(directory)  # a run that was stopped may have left older ones
         while run.epoch < config.epochs:
@@ -300,7 +304,7 @@ class _Run:
         """The history, and the mean loss of each ``log_every`` steps."""
         if self.history:
             names = list(self.history[0])
-            rows = [names, *([row[n] for n in names] for row in self.history)]
+            rows = [names, *([row.get(n) for n in names] for row in self.history)]
             _write_table(directory / "history.csv", rows)
             every = self.config.log_every
             starts = range(0, len(self.losses), every)
@@ -310,6 +314,11 @@ class _Run:
 
     def restore(self, saved: Checkpoint) -> None:
         check_resumable(saved, self.config, digest=self.data.digest)
+        ours, theirs = (
+            f"inputs {d.input_shape} and {d.classes} classes" for d in (self.data, saved)
+        )
+        if ours != theirs:
+            raise ConfigError(ours, theirs, str(saved.path), "resume on the data it began with")
         load_tensors(self.model, saved.group("model"), where=f"{saved.path}: model")
         if self.bound is not None:
             load_tensors(self.bound, saved.group("bound"), where=f"{saved.path}: bound")
