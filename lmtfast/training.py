@@ -327,7 +327,9 @@ class _Run:
         self.epoch, self.history, self.saved = saved.epoch, list(saved.history), saved.path
         try:
             losses, states = saved.tensors["losses"], saved.group("rng")
-            if losses.shape != (saved.step,) or saved.step != self.epoch * self.steps_per_epoch:
+            fits = losses.shape == (saved.step,) and losses.dtype == torch.float32
+            fits = fits and states["cpu"].shape == torch.get_rng_state().shape
+            if not fits or saved.step != self.epoch * self.steps_per_epoch:
                 raise ValueError(f"{tuple(losses.shape)} losses after {saved.step} steps")
             self.losses = losses.tolist()
             torch.set_rng_state(states["cpu"])
