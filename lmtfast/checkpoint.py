@@ -241,9 +241,14 @@ def save_checkpoint(directory: str | Path, checkpoint: Checkpoint, *, keep: int 
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
-        for _, old in _checkpoint_files(directory)[:-keep]:
-            old.unlink()
+        prune_checkpoints(directory, keep=keep)
     return path
+
+
+def prune_checkpoints(directory: Path, *, keep: int = KEEP) -> None:
+    """Delete all but the newest checkpoints of a directory."""
+    for _, old in _checkpoint_files(directory)[:-keep]:
+        old.unlink()
 
 
 def load_checkpoint(path: str | Path, *, allow_previous: bool = False) -> Checkpoint:

@@ -26,6 +26,7 @@ from lmtfast.checkpoint import (
     load_checkpoint,
     load_tensors,
     optimizer_tensors,
+    prune_checkpoints,
     restore_optimizer,
     save_checkpoint,
 )
@@ -145,6 +146,7 @@ def train(
                 for name in (*FILES, "epoch-*.safetensors"):  # of a run that was killed
                     for leftover in directory.glob(f".{name}.*.tmp"):
                         leftover.unlink()
+                prune_checkpoints(directory)
             write_atomically(directory / "config.json", f"{config.canonical()}\n".encode())
             run.write_tables(directory)  # a run that was stopped may have left older ones
         while run.epoch < config.epochs:
