@@ -29,6 +29,7 @@ ASSUMPTIONS = (
     "A5: float64 elementwise functions are accurate to 4 units in the last place",
 )
 PARAMETRIZED = "weights derived by parametrizations are taken as float64 computes them"
+ON_CUDA = "norms were proved on a GPU: A1 and A2 are those of its float64 units and library as well"
 HASHED = (
     "the draw is expanded from SHA-256 of weights, network and settings, which is taken for "
     "random; a search over T of them multiplies delta by T"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.bound import LipschitzBound
-from lmtfast.certificate import ASSUMPTIONS, HASHED, PARAMETRIZED, Certificate
+from lmtfast.certificate import ASSUMPTIONS, HASHED, ON_CUDA, PARAMETRIZED, Certificate
 from lmtfast.composing import compose_up
 from lmtfast.errors import NotCertifiedError, StalePlanError
 from lmtfast.graph import Derived
@@ -49,6 +49,7 @@ def certify(
     budget: Budget | None = None,
     delta: float | None = None,
     draw: str = "fresh",
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Certificate:
     """Certify, for every input, a radius within which no L2 perturbation changes the class.
@@ -70,7 +71,8 @@ def certify(
         method, budget: As for :func:`lmtfast.certified_bound`.
         delta: Probability, over the library's own draw, that a probabilistic bound is too small.
             One draw covers all inputs.
-        draw: Where that draw comes from, as for :func:`lmtfast.certified_bound`.
+        draw, device: Where that draw comes from and where norms are proved, as for
+            :func:`lmtfast.certified_bound`.
         progress: Called as ``progress(done, total)`` after every chunk; ``total`` is None for
             iterables.
 
@@ -114,8 +116,9 @@ def certify(
         )  # fmt: skip
     low_high = check_input_range(input_range)
     subject = prepare(
-        model, input_shape, low_high, level=asked, method=method, budget=budget, draw=draw
-    )
+        model, input_shape, low_high, level=asked, method=method, budget=budget, draw=draw,
+        proof_device=device,
+    )  # fmt: skip
     bound = subject.bound
     operators = tuple((n, m, canonical_up(x)) for n, m, x in operator_rows(bound))
     # Composed from the norms as stated, so that they follow from the certificate alone.
@@ -205,7 +208,9 @@ def assumptions(subject: Subject) -> tuple[str, ...]:
     """What the radii rest on."""
     parametrized = any(isinstance(ref, Derived) for ref in subject.enclosure.references)
     hashed = METHOD_OF["hash"] in subject.bound.methods.values()
-    return (*ASSUMPTIONS, *[PARAMETRIZED] * parametrized, *[HASHED] * hashed)
+    conditions = ((parametrized, PARAMETRIZED), (hashed, HASHED),
+                  (subject.proof_device == "cuda", ON_CUDA))  # fmt: skip
+    return (*ASSUMPTIONS, *(text for holds, text in conditions if holds))
 
 
 def head_sha256(bound: LipschitzBound) -> str:

@@ -15,6 +15,7 @@ from lmtfast.bound import LipschitzBound
 from lmtfast.composing import compose_up
 from lmtfast.errors import (
     ArgumentError,
+    BackendUnavailableError,
     DtypeError,
     NonFiniteError,
     NotCertifiedError,
@@ -52,6 +53,25 @@ def check_method(method: str) -> None:
         )
 
 
+def proof_device(name: str) -> torch.device:
+    """The device that proofs run on, its arithmetic tested; typed errors for any other."""
+    ensure_arithmetic(torch.device("cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(
+            "'cpu' or a CUDA device", repr(name), "device", "use 'cpu': proofs need float64"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "a CUDA device", "none that torch can use", f"device={name!r}", "use device='cpu'"
+        )
+    ensure_arithmetic(device)
+    return device
+
+
 def check_certifiable(model: nn.Module) -> None:
     """Refuse a model in training mode, on the meta device, or with values that are not finite."""
     for name, module in model.named_modules():
@@ -83,6 +103,7 @@ def certified_bound(
     method: str = "auto",
     budget: Budget | None = None,
     draw: str = "fresh",
+    device: str = "cpu",
 ) -> LipschitzBound:
     """Bound a network's L2 Lipschitz constant with a guarantee.
 
@@ -106,6 +127,8 @@ def certified_bound(
         draw: Where a probabilistic bound has its randomness: ``"fresh"`` from the operating system,
             or ``"hash"`` from SHA-256 of weights, network and settings. The latter repeats, and
             needs ``delta`` of at most 2^-100.
+        device: Where the proofs are computed, ``"cpu"`` or a CUDA device, wherever the model is.
+            On the latter also its library of matrix products is trusted (ADR 0021).
 
     Returns:
         The bound; floats, and ``head_weight`` in float64.
@@ -114,6 +137,7 @@ def certified_bound(
         TrainModeError: A module is in training mode.
         NonFiniteError: A weight or buffer holds NaN or infinity.
         UnsupportedLayerError: A part has no Lipschitz rule.
+        BackendUnavailableError: No such device is usable here.
         NotCertifiedError: The machine's arithmetic is not IEEE 754, or weights are too extreme.
         ArgumentError: Unknown level, method or draw, a method that does not fit an operator, or a
             draw from a hash with a larger ``delta``.
@@ -143,7 +167,9 @@ def certified_bound(
         return NetworkBound(model, input_shape, engine="operator").rescan()
     graph = trace_model(model, input_shape).graph
     plan = make_plan(model, graph, engine="operator", backend="reference")
-    return plan_bound(plan, model, level=asked, method=method, budget=budget, draw=draw)
+    return plan_bound(
+        plan, model, level=asked, method=method, budget=budget, draw=draw, device=device
+    )
 
 
 def plan_bound(
@@ -154,6 +180,7 @@ def plan_bound(
     method: str = "auto",
     budget: Budget | None = None,
     draw: str = "fresh",
+    device: str = "cpu",
     proofs: Mapping[str, str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> LipschitzBound:
@@ -162,11 +189,13 @@ def plan_bound(
     ``proofs`` names how an earlier bound proved each operator; it is done again that way.
     """
     check_draw(draw, level)
+    place = proof_device(device)
     plan.check_fresh(model)
-    ensure_arithmetic(torch.device("cpu"))
     tensors = named_tensors(model) if tensors is None else tensors
-    weights = Weights({n: laid_out(t) for n, t in tensors.items()}, dtype=torch.float64)
-    with torch.no_grad(), on_host():
+    stored = {n: laid_out(t) for n, t in tensors.items()}
+    weights = Weights({n: t.to(place) for n, t in stored.items()}, dtype=torch.float64)
+    # Without cuDNN a convolution is a matrix product, never a transform.
+    with torch.no_grad(), on_host(), torch.backends.cudnn.flags(enabled=False):
         share = level
         if level.delta > 0.0:
             drawn = sum(not _closed(o) for o in plan.operators)
@@ -179,7 +208,7 @@ def plan_bound(
             for o, (how, allowance) in zip(plan.operators, ways, strict=True)
         ]
         values = compose_up(plan.graph.tape, [n.upper for n in norms])
-        head_weight, head_error = _head(plan, weights)
+        head_weight, head_error = _head(plan, Weights(stored, dtype=torch.float64))
     names = [o.name for o in plan.operators]
     slacks = [n.slack for n in norms if n.upper > 0.0]
     methods = dict(zip(names, (n.method for n in norms), strict=True))

@@ -50,6 +50,7 @@ class Subject:
     device: torch.device
     chunk: int
     classes: int
+    proof_device: str
 
 
 def prepare(
@@ -61,6 +62,7 @@ def prepare(
     method: str,
     budget: Budget | None = None,
     draw: str = "fresh",
+    proof_device: str = "cpu",
     proofs: Mapping[str, str] | None = None,
 ) -> Subject:
     """Trace, check and bound a model; the bound is computed once. ``proofs`` as for
@@ -85,8 +87,8 @@ def prepare(
     compare(model, traced, input_range)
     plan = make_plan(model, traced.graph, engine="operator", backend="reference")
     bound = plan_bound(
-        plan, model, level=level, method=method, budget=budget, draw=draw, proofs=proofs,
-        tensors=tensors,
+        plan, model, level=level, method=method, budget=budget, draw=draw,
+        device=proof_device, proofs=proofs, tensors=tensors,
     )  # fmt: skip
     norms = {n: float(v) for n, v in bound.per_operator.items()}
     enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)
@@ -94,6 +96,7 @@ def prepare(
     return Subject(
         plan, fingerprint(program, description.text, digest), program, description, bound,
         enclosure, digest, device, chunk_size(traced), output[0],
+        torch.device(proof_device).type,
     )  # fmt: skip
 
 

@@ -83,6 +83,16 @@ class Weights:
         self._batch_variance = batch_variance or {}
         self._cache: dict[WeightRef, Tensor] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are; the CPU without any."""
+        known = (*self.tensors.values(), *self._cache.values())
+        return next((t.device for t in known), torch.device("cpu"))
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros beside the tensors, float64."""
+        return torch.zeros(shape, dtype=torch.float64, device=self.device)
+
     def __getitem__(self, ref: WeightRef) -> Tensor:
         if ref not in self._cache:
             self._cache[ref] = self._resolve(ref)
@@ -106,7 +116,7 @@ class Weights:
                 )  # fmt: skip
             return self._cast(self.tensors[ref.name])
         if isinstance(ref, ConstantRef):
-            return self._cast(constant_tensor(ref))
+            return self._cast(constant_tensor(ref).to(self.device))
         if isinstance(ref, BatchNormScale):
             variance = self._batch_variance.get(ref.module)
             variance = self[ref.variance] if variance is None else self._cast(variance)

@@ -129,6 +129,12 @@ def _check_products(one: torch.Tensor) -> None:
     value = one + (2.0**-20 + 2.0**-40)
     if bool((value @ eye != value).any()):
         _refuse("matrix products in reduced precision", "torch.matmul")
+    # Beside 2^200 a small entry is lost wherever rows are scaled to integers (emulated float64) or
+    # blocks are added before they are multiplied (Strassen).
+    wide, rest = one.clone(), one.clone()
+    wide[:, 0], rest[0] = 2.0**200, 0.0
+    if bool((wide @ rest != k - 1.0).any()) or bool((rest.mT @ wide.mT != k - 1.0).any()):
+        _refuse("matrix products other than sums of products of entries", "torch.matmul")
 
 
 def _check_floats() -> None:
@@ -153,9 +159,9 @@ def self_test(device: torch.device | str = "cpu") -> None:
 
     Detects results or operands flushed to zero, a rounding mode other than to nearest, quotients
     that are not rounded to nearest, roots that are not faithful, and matrix products in reduced
-    precision, in Python floats and in torch on ``device``. On a CPU the elementwise probe is long
-    enough to be spread over torch's worker threads, each of which has a control register of its
-    own.
+    precision, emulated or by Strassen's scheme, in Python floats and in torch on ``device``. On a
+    CPU the elementwise probe is long enough to be spread over torch's worker threads, each of which
+    has a control register of its own.
 
     Raises:
         NotCertifiedError: The arithmetic is not IEEE 754 binary64 round to nearest with gradual
@@ -173,7 +179,9 @@ def self_test(device: torch.device | str = "cpu") -> None:
         wide = torch.full(((1 << 15) * threads,), 2.0**-1022, dtype=torch.float64)
         if bool((wide * 0.5 == 0).any()):
             _refuse("denormals flushed to zero in a worker thread", f"torch on {device}")
-    _check_products(torch.ones((24, 24), dtype=torch.float64, device=device))
+    # Libraries choose their algorithm by size.
+    for size in (24,) if torch.device(device).type == "cpu" else (24, 512, 2048):
+        _check_products(torch.ones((size, size), dtype=torch.float64, device=device))
 
 
 @cache

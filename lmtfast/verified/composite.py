@@ -60,7 +60,7 @@ def line_reach(region: Region, weights: Weights) -> Tensor:
         nodes.append(replace(node, op=op))
     ones = {r: torch.ones_like(weights[r], dtype=torch.float64) for r in weight_refs(region)}
     count = line_count(region.in_shape)
-    basis = torch.zeros(count, *region.in_shape, dtype=torch.float64)
+    basis = weights.zeros(count, *region.in_shape)
     rows = torch.arange(count)
     by_lines(basis, region.in_shape)[rows, :, rows] = 1.0
     image = region_apply(replace(region, nodes=tuple(nodes)), Leaves(ones), basis)
@@ -169,7 +169,7 @@ class CompositeGram:
         width = max(1, CHUNK // max(1, math.prod(region.in_shape), math.prod(region.out_shape)))
         parts = []
         for some in chosen.split(width):
-            basis = torch.zeros(len(some), math.prod(shape), dtype=torch.float64)
+            basis = self._weights.zeros(len(some), math.prod(shape))
             basis[torch.arange(len(some)), some] = 1.0
             basis = basis.reshape(-1, *shape)
             act = region_adjoint if form.outputs else region_apply

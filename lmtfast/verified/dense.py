@@ -19,11 +19,11 @@ from lmtfast.weights import Weights
 def materialise(region: Region, weights: Weights) -> Tensor:
     """The region's matrix, computed on the unit vectors. Shape ``(outputs, inputs)``, float64."""
     columns, rows = math.prod(region.in_shape), math.prod(region.out_shape)
-    matrix = torch.empty(rows, columns, dtype=torch.float64)
+    matrix = weights.zeros(rows, columns)
     width = max(1, min(columns, (1 << 22) // max(1, rows)))
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        basis = torch.zeros(stop - start, columns, dtype=torch.float64)
+        basis = weights.zeros(stop - start, columns)
         basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
         image = region_apply(region, weights, basis.reshape(-1, *region.in_shape))
         matrix[:, start:stop] = image.reshape(stop - start, rows).T

@@ -119,7 +119,7 @@ def drawn_norm_upper(
     entropy = secrets.token_bytes if draw == "fresh" else hashed_entropy(*commitment, *settings)
     upper = moment_norm_upper(
         apply, adjoint, region.in_shape, delta=level.delta, product_error=error, iterations=rounds,
-        entropy=entropy,
+        device=weights.device, entropy=entropy,
     )  # fmt: skip
     found = enclosure(upper, lanczos_norm(region, weights), METHOD_OF[draw])
     return replace(found, level=level)

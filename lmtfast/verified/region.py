@@ -327,7 +327,7 @@ def lanczos_norm(
     """Estimate of the region's norm from below: a guess to prove, or to report the slack."""
     shape = vector_shape(region)
     # Images near one: their squares neither vanish nor overflow, whatever the weights' scale.
-    size = float(matvec(region, weights, torch.ones(shape, dtype=torch.float64)).abs().max())
+    size = float(matvec(region, weights, weights.zeros(*shape) + 1.0).abs().max())
     known = 0.0 < size < math.inf
     factor = math.ldexp(1.0, max(-1000, min(1000, -math.frexp(size)[1]))) if known else 1.0
 
@@ -335,7 +335,9 @@ def lanczos_norm(
         image = matvec(region, weights, x.reshape(shape)) * factor
         return rmatvec(region, weights, image).reshape(1, -1) * factor
 
-    value, _ = top_eigenvalue(gram, 1, math.prod(shape), steps=steps, tolerance=tolerance)
+    value, _ = top_eigenvalue(
+        gram, 1, math.prod(shape), device=weights.device, steps=steps, tolerance=tolerance
+    )
     return math.sqrt(max(0.0, float(value.reshape(-1)[0]))) / factor
 
 

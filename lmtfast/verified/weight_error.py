@@ -99,7 +99,8 @@ def product_error_up(
     if sum(logs) > SAFE_EXPONENT:
         return math.inf
     absolute_error = applying_error_up(region, weights)
-    x = torch.randn(1, *region.in_shape, dtype=torch.float64, generator=fresh_generator())
+    x = weights.zeros(1, *region.in_shape)
+    x.normal_(generator=fresh_generator(x.device))
     for _ in range(LOWER_STEPS):
         x = adjoint(apply(x))
         if not 0.0 < float(x.abs().amax()) < math.inf:
@@ -118,7 +119,7 @@ def applying_error_up(region: Region, weights: Weights) -> float:
     see :func:`in_range`.
     """
     positive, majorants = absolute(region, weights)
-    ones = torch.ones((1, *region.in_shape), dtype=torch.float64)
+    ones = weights.zeros(1, *region.in_shape) + 1.0
     with torch.enable_grad():
         ones.requires_grad_()
         rows = region_apply(positive, majorants, ones)
