@@ -25,7 +25,7 @@ from lmtfast.description import save_weights
 from lmtfast.errors import ArgumentError, BackendUnavailableError, NotCertifiedError
 from lmtfast.guarantee import plan_bound
 from lmtfast.level import Level
-from lmtfast.plan import make_plan
+from lmtfast.plan import BoundPlan, make_plan
 from lmtfast.subject import prepare
 from lmtfast.tracing import trace_model
 from lmtfast.verified import arithmetic
@@ -75,11 +75,19 @@ class Placed(TorchFunctionMode):
         return made
 
 
-@pytest.mark.parametrize(("method", "level"), WAYS)
-def test_every_tensor_of_a_proof_is_made_where_the_weights_are(method: str, level: str) -> None:
+@pytest.fixture(scope="module")
+def traced() -> tuple[nn.Module, BoundPlan]:
     model = network()
-    plan = make_plan(model, trace_model(model, SHAPE).graph, engine="operator", backend="reference")
-    plan_bound(plan, model, level=Level(level), method=method)  # the arithmetic's test, once
+    graph = trace_model(model, SHAPE).graph
+    return model, make_plan(model, graph, engine="operator", backend="reference")
+
+
+@pytest.mark.parametrize(("method", "level"), WAYS)
+def test_every_tensor_of_a_proof_is_made_where_the_weights_are(
+    method: str, level: str, traced: tuple[nn.Module, BoundPlan]
+) -> None:
+    model, plan = traced
+    arithmetic.ensure_arithmetic(torch.device("cpu"))  # makes probes of its own, once
     with Placed():
         bound = plan_bound(plan, model, level=Level(level), method=method)
     assert bound.total > 0.0
