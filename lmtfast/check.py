@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+NOT_CHECKED = "not checked (lmtfast verify does): whose network, logits and labels these are"
 ARRAYS = ("label", "logit_error", "logits", "margin_lower", "prediction", "prediction_radius")
 DTYPES = {"header": "|u1", "label": "<i8", "prediction": "<i8"}
 KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
@@ -305,12 +306,9 @@ def banded(kernel: Array, taps: list[tuple[Array, Array]], large: Any, small: An
 
 
 def torus(node: Any, kernel: Array, c: float, where: str, lost: float) -> bool:
-    """Whether |A(w)| + lost is shown to be at most c at every frequency w of a torus.
-
-    A tap at d t - p = s q + r moves phase r of the input by q places. On a circle of at least
-    M - q, m + q, M and m places, from M input to m output places, no tap reaches around: T is a
-    part of the circular convolution, whose norm is the largest of its symbols A(w).
-    """
+    """Whether |A(w)| + lost <= c is shown at every w of a torus: a tap at d t - p = s q + r
+    moves phase r by q places; on a circle of M - q, m + q, M, m places or more (M in, m out) no tap
+    reaches around, so T is part of a circular convolution of norm max |A(w)|, A the symbol."""
     axes = list(zip(node["in"][1:], node["out"][1:], *(node[f] for f in CONV), strict=True))
     taps = [[divmod(d * t - p[0], s) for t in range(k)] for _, _, k, s, p, d in axes]
     q, r = np.moveaxis(np.array(list(itertools.product(*taps))), -1, 0)
@@ -463,8 +461,8 @@ def judge(header: Any, arrays: Any, weights: dict[str, Array], found: list[Findi
     (node,) = operators[network["head"]]["nodes"]
     head, majorant = (Weights(weights, a).kernel(node)[0, ..., 0] for a in (False, True))
     need(node["op"] == "linear" and len(head) == classes, "one row per class", len(head), "head")
-    error, scale = gamma(roundings(node)) * SAFE, number(header["features"])
-    error = error * np.sqrt(np.square(majorant).sum(1))
+    error, scale = np.sqrt(np.square(majorant).sum(1)) * SAFE, number(header["features"])
+    error = error * gamma(roundings(node))
     return check_samples(header, arrays, scale, lambda c: apart(head, error, c))
 
 
@@ -494,8 +492,7 @@ def main(arguments: list[str]) -> int:
         return 2
     found = check(*arguments)
     lines = [*map(str, found), "not accepted" if found else f"accepted: {arguments[0]}"]
-    rest = "not checked (lmtfast verify does): whose network, logits and labels these are"
-    sys.stdout.write("\n".join([*lines, rest]) + "\n")
+    sys.stdout.write("\n".join([*lines, NOT_CHECKED]) + "\n")
     return 1 if found else 0
 
 
