@@ -57,7 +57,7 @@ def count_step(core: ModuleType, network: Network, engine: str, *, update: bool)
 
 
 @pytest.mark.parametrize(
-    ("engine", "read", "moved"), [("symbol", 3, 3), ("separable", 3, 3), ("operator", 3, 4)]
+    ("engine", "read", "moved"), [("symbol", 3, 3), ("separable", 3, 3), ("operator", 2, 3)]
 )
 def test_launches_of_a_step(core: ModuleType, engine: str, read: int, moved: int) -> None:
     """However many operators there are."""

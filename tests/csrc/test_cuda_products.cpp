@@ -119,6 +119,8 @@ class Operator {
     v.state = state.data();
     v.new_state = next.data();
     v.saved = saved.data();
+    v.sigmas = &sigma;
+    v.counters = &done;
     v.n_rows = v.n_tensors = 1;
     return v;
   }
@@ -131,6 +133,8 @@ class Operator {
   int64_t taps, inputs, outputs;
   bool tap_major;
   std::vector<float> weight, saved, state, next;
+  float sigma = NAN;
+  int done = 0;
   std::vector<uint16_t> halves;
   std::vector<int64_t> table;
   std::vector<double> doubles;
@@ -175,7 +179,21 @@ bool equal(const float* got, const std::vector<double>& want) {
   return true;
 }
 
-// A v, then A^T u, as the two launches of a power step have them; norms of 1 leave them alone.
+// Integers x over their length, as a block scales them; their squares are summed without rounding.
+std::vector<double> unit(const std::vector<double>& x, double* length) {
+  double square = 0;
+  for (const double entry : x) square += entry * entry;
+  *length = std::sqrt(square);
+  const float factor = *length == 0.0 ? 1.0f : static_cast<float>(1.0 / *length);
+  std::vector<double> scaled;
+  for (const double entry : x) {
+    scaled.push_back(static_cast<double>(static_cast<float>(entry) * factor));
+  }
+  return scaled;
+}
+
+// A v, then A^T u, as the two launches of a power step have them; norms of 1 leave what they read
+// alone.
 void test_convolution(const Shape& shape, uint64_t seed) {
   const int before = check::failures;
   Operator op(shape, 227 << 10);
@@ -183,27 +201,52 @@ void test_convolution(const Shape& shape, uint64_t seed) {
   const size_t outside = static_cast<size_t>(op.row.groups * op.row.rows * op.outputs);
   const bool transposed = shape.transposed;
   op.state = integers(static_cast<int64_t>(transposed ? outside : inside), seed + 2);
+  const std::vector<double> v(op.state.begin(), op.state.end());
   op.doubles[op.work().input_sums] = op.doubles[op.work().image_sums] = 1.0;
   std::vector<double> image(transposed ? inside : outside, 0.0);
   for_each_term(op, [&](double w, int64_t q, int64_t p) {
-    image[transposed ? q : p] += w * static_cast<double>(op.state[transposed ? p : q]);
+    image[transposed ? q : p] += w * v[transposed ? p : q];
   });
   lmtfast::emulation::set_order(seed);
   const Stage first = transposed ? lmtfast::cuda::kFirstAdjoint : lmtfast::cuda::kFirstImage;
   const std::vector<double> sums = op.doubles;
   launch_stencil(op.view(first), transposed, false, op.blocks(first), nullptr);
-  CHECK(equal(op.saved.data(), image));
+  float* raw = op.aligned() + op.work().image;
+  CHECK(equal(raw, image));
+  CHECK(op.done == 0);
 
+  // Nothing moves: the same launch goes on to u, v and sigma.
+  double length = 0;
   op.doubles = sums;
-  const std::vector<float> u = integers(static_cast<int64_t>(image.size()), seed + 3);
-  std::copy(u.begin(), u.end(), op.saved.begin());
-  std::vector<double> back(transposed ? outside : inside, 0.0);
-  for_each_term(op, [&](double w, int64_t q, int64_t p) {
-    back[transposed ? p : q] += w * static_cast<double>(u[transposed ? q : p]);
-  });
+  View only = op.view(first);
+  only.new_state = nullptr;
+  launch_stencil(only, transposed, false, op.blocks(first), nullptr);
+  CHECK(equal(op.saved.data(), unit(image, &length)));
+  CHECK(op.sigma == static_cast<float>(length));
+  CHECK(equal(op.saved.data() + image.size(), v));
+  CHECK(op.done == static_cast<int>(op.work().images));
+
   const Stage second = transposed ? lmtfast::cuda::kSecondImage : lmtfast::cuda::kSecondAdjoint;
-  launch_stencil(op.view(second), !transposed, true, op.blocks(second), nullptr);
-  CHECK(equal(op.next.data(), back));
+  for (const bool zero : {false, true}) {
+    op.doubles = sums;
+    op.done = 0;
+    std::vector<float> u = integers(static_cast<int64_t>(image.size()), seed + 3);
+    if (zero) u.assign(u.size(), 0.0f);
+    std::copy(u.begin(), u.end(), raw);
+    std::vector<double> back(v.size(), 0.0);
+    for_each_term(op, [&](double w, int64_t q, int64_t p) {
+      back[transposed ? p : q] += w * static_cast<double>(u[transposed ? q : p]);
+    });
+    launch_stencil(op.view(second), !transposed, true, op.blocks(second), nullptr);
+    CHECK(equal(op.aligned() + op.work().back, back));
+    // Where A^T u is zero the iterate stays.
+    const std::vector<double> next = unit(back, &length);
+    CHECK(equal(op.next.data(), length == 0.0 ? v : next));
+    CHECK(equal(op.saved.data(), {u.begin(), u.end()}));
+    CHECK(equal(op.saved.data() + u.size(), length == 0.0 ? v : next));
+    CHECK(op.sigma == static_cast<float>(length));
+    CHECK(op.done == static_cast<int>(op.work().backs));
+  }
   lmtfast::emulation::set_order(0);
   if (check::failures > before) std::printf("in %s\n", shape.name.c_str());
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The power iteration on convolutions: A v, A^T u, then norms and scaling, two products per step.
+// The power iteration on convolutions: A v, then A^T u. The last of a step's products also scales.
 // Floor: two multiply-adds per weight and output position, in float32; bytes are far below.
 #include <cmath>
 
@@ -82,58 +82,82 @@ __device__ double adjoint_tile(const Op& op, const Ends& ends, int32_t tile) {
   return square;
 }
 
+// Entries that a thread has on their way at once.
+constexpr int kScaledAtOnce = 16;
+
+// body(i, x[i]) for the entries of one of `blocks` blocks. All loads come first: the compiler cannot
+// tell what body writes from x.
+template <class Body>
+__device__ void for_each_of(const float* x, int64_t size, int64_t block, int64_t blocks,
+                            const Body& body) {
+  const int64_t step = blocks * kBlockThreads;
+  for (int64_t first = block * kBlockThreads + threadIdx.x; first < size;
+       first += kScaledAtOnce * step) {
+    float held[kScaledAtOnce];
+    LMTFAST_UNROLL
+    for (int k = 0; k < kScaledAtOnce; ++k) {
+      held[k] = first + k * step < size ? x[first + k * step] : 0.0f;
+    }
+    LMTFAST_UNROLL
+    for (int k = 0; k < kScaledAtOnce; ++k) {
+      if (first + k * step < size) body(first + k * step, held[k]);
+    }
+  }
+}
+
+// What a step's last product adds: unit u and v, the new iterate, sigma. Every block scales its share
+// of the vector that was read; the block that completes the other one knows its length and scales it.
+__device__ void finish(const View& v, const Op& op, int32_t index, const Ends& ends, int64_t block,
+                       bool second) {
+  const OpWork& w = op.work;
+  const Stencil& s = op.s;
+  const int64_t blocks = second ? w.backs : w.images;
+  const int64_t inside = static_cast<int64_t>(s.groups) * s.channels * s.inputs;
+  const int64_t outside = static_cast<int64_t>(s.groups) * s.rows * s.outputs;
+  const int64_t n = s.transposed ? outside : inside, m = s.transposed ? inside : outside;
+  float* u = v.saved + op.row.saved_offset;
+  float* read = second ? u : u + m;
+  float* written = second ? u + m : u;
+  for_each_of(ends.input, second ? m : n, block, blocks,
+              [&](int64_t i, float x) { read[i] = x * ends.factor; });
+  if (!last_of(v.counters + w.counters, static_cast<int32_t>(blocks))) return;
+  const double norm =
+      std::sqrt(block_sum_of(v.doubles + (second ? w.back_sums : w.image_sums), blocks));
+  if (threadIdx.x == 0) v.sigmas[index] = static_cast<float>(norm);
+  const float* source = ends.output;
+  float factor = inverse_or_one(norm);
+  if (second && !(norm > 0.0 && norm - norm == 0.0)) {
+    // The iterate stays as it was.
+    source = v.state + op.row.state_offset;
+    factor = inverse_or_one(std::sqrt(block_sum_of(v.doubles + w.input_sums, w.inputs)));
+  }
+  // sigma = <u, A v> holds for the v that it was read at: the new one, if there is one.
+  float* next = second ? v.new_state + op.row.state_offset : written;
+  for_each_of(source, second ? n : m, 0, 1,
+              [&](int64_t i, float x) { written[i] = next[i] = x * factor; });
+}
+
 // A launch of images and one of adjoints: a transposed convolution has them the other way round.
 template <bool kAdjoint>
-__global__ void __launch_bounds__(kBlockThreads) stencil_kernel(View v, bool second) {
+__global__ void __launch_bounds__(kBlockThreads, 2) stencil_kernel(View v, bool second) {
   const Item item = v.items[blockIdx.x];
   const Op op(v, item.op, item.group);
   const OpWork& w = op.work;
   Ends ends;
   if (second) {
-    ends.input = v.saved + op.row.saved_offset;
-    ends.output = v.new_state + op.row.state_offset;
+    ends.input = v.floats + w.image;
+    ends.output = v.floats + w.back;
     ends.factor = inverse_or_one(std::sqrt(block_sum_of(v.doubles + w.image_sums, w.images)));
   } else {
     ends.input = v.state + op.row.state_offset;
-    ends.output = v.saved + op.row.saved_offset;
+    ends.output = v.floats + w.image;
     ends.factor = inverse_or_one(std::sqrt(block_sum_of(v.doubles + w.input_sums, w.inputs)));
   }
   const double square =
       kAdjoint ? adjoint_tile(op, ends, item.tile) : image_tile(op, ends, item.tile);
-  write_sum(v.doubles + (second ? w.back_sums : w.image_sums),
-            static_cast<int64_t>(item.group) * item.tiles + item.tile, square);
-}
-
-// Scales what the products left: saved u and v, the new iterate, sigma.
-__global__ void __launch_bounds__(kBlockThreads) finish_kernel(View v) {
-  const Item item = v.items[blockIdx.x];
-  const Op op(v, item.op, 0);
-  const bool update = v.new_state != nullptr;
-  const double input = std::sqrt(block_sum_of(v.doubles + op.work.input_sums, op.work.inputs));
-  const double image = std::sqrt(block_sum_of(v.doubles + op.work.image_sums, op.work.images));
-  const double back =
-      update ? std::sqrt(block_sum_of(v.doubles + op.work.back_sums, op.work.backs)) : 0.0;
-  const bool usable = back > 0.0 && back - back == 0.0;
-  const int64_t inside = static_cast<int64_t>(op.s.groups) * op.s.channels * op.s.inputs;
-  const int64_t outside = static_cast<int64_t>(op.s.groups) * op.s.rows * op.s.outputs;
-  const int64_t n = op.s.transposed ? outside : inside, m = op.s.transposed ? inside : outside;
-  float* u = v.saved + op.row.saved_offset;
-  const int64_t begin = static_cast<int64_t>(item.tile) * kVectorEntries;
-  for (int64_t i = begin + threadIdx.x; i < begin + kVectorEntries; i += kBlockThreads) {
-    if (i < m) u[i] *= inverse_or_one(image);
-    if (i < n) {
-      float unit = v.state[op.row.state_offset + i] * inverse_or_one(input);
-      if (update) {
-        float& next = v.new_state[op.row.state_offset + i];
-        unit = next = usable ? next * inverse_or_one(back) : unit;
-      }
-      // sigma = <u, A v> holds for the v that it was read at: the new one, if there is one.
-      u[m + i] = unit;
-    }
-  }
-  if (item.tile == 0 && threadIdx.x == 0) {
-    v.sigmas[item.op] = static_cast<float>(update ? back : image);
-  }
+  const int64_t block = static_cast<int64_t>(item.group) * item.tiles + item.tile;
+  write_sum(v.doubles + (second ? w.back_sums : w.image_sums), block, square);
+  if (second || v.new_state == nullptr) finish(v, op, item.op, ends, block, second);
 }
 
 }  // namespace
@@ -141,10 +165,6 @@ __global__ void __launch_bounds__(kBlockThreads) finish_kernel(View v) {
 void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream) {
   const auto kernel = adjoint ? stencil_kernel<true> : stencil_kernel<false>;
   LMTFAST_LAUNCH(kernel, blocks, kBlockThreads, 0, stream, view, second);
-}
-
-void launch_finish(const View& view, unsigned blocks, Stream stream) {
-  LMTFAST_LAUNCH(finish_kernel, blocks, kBlockThreads, 0, stream, view);
 }
 
 }  // namespace lmtfast::cuda

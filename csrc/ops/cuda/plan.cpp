@@ -223,6 +223,9 @@ void Builder::plan_stencil(int64_t i, const Stencil& s) {
   work.input_sums = doubles(work.inputs);
   work.image_sums = doubles(work.images);
   work.back_sums = doubles(work.backs);
+  work.image = floats(s.groups * (s.transposed ? inside : outside));
+  work.back = floats(s.groups * (s.transposed ? outside : inside));
+  work.counters = take(header_.counters, 1);
   add(kPrepare, i, 0, work.inputs);
   if (work.scale_begin < work.scale_end || net_.rows[i].row_scale >= 0 ||
       net_.rows[i].column_scale >= 0) {
@@ -233,7 +236,6 @@ void Builder::plan_stencil(int64_t i, const Stencil& s) {
     add(s.transposed ? kFirstAdjoint : kFirstImage, i, group, work.image_tiles);
     add(s.transposed ? kSecondImage : kSecondAdjoint, i, group, work.back_tiles);
   }
-  add(kFinish, i, 0, pieces(s.groups * std::max(inside, outside), kVectorEntries));
 }
 
 // Whether two operators write the gradient of their weight in the same blocks.

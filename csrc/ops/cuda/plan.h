@@ -67,7 +67,6 @@ enum Stage {
   kFirstAdjoint,   // of transposed ones
   kSecondAdjoint,  // A^T u of convolutions,
   kSecondImage,    // of transposed ones
-  kFinish,         // norms and scaling of convolutions
   kGradient,       // weight gradients; weights that are read in several shapes take rounds
   kGradientSums,   // gradient of the scale buffer, sorted by circle
   kGradientSlots,  // gradients of the tensors of scales, sorted by circle: tensor `op`, factor `group`
@@ -87,7 +86,7 @@ struct OpWork {
   int64_t circle;                   // of operators whose scales share tensors, or -1 without scales
   int64_t frequencies[kAxes];       // symbol: points of the grid of frequencies, per axis
   PassShape pass;                   // symbol, matrix
-  int64_t counters;                 // first of G, separable 2 G: blocks of a group that are done
+  int64_t counters;                 // blocks that are done: stencil 1, of groups G, separable 2 G
   // Floats. Panels have kPanel columns and start at multiples of 16 bytes.
   int64_t panel;     // symbol, matrix (G, subsets, pass.vector): the factors of what the weights
                      // multiply (pass.h); separable (G, channels, 8): a, orthonormal; with the
@@ -96,9 +95,11 @@ struct OpWork {
                      // separable (G, channels, 8): a, without the column scale
   int64_t pure;      // symbol, matrix (G, rows, 8): W panel, without row scale and identity
   int64_t partial;   // symbol, matrix (G, tiles, subsets, padded columns): sums of a tile's rows
-  int64_t image;     // symbol, matrix (G, rows, 8), separable (G, rows, taps, 8): A applied
+  int64_t image;     // A applied: symbol, matrix (G, rows, 8), separable (G, rows, taps, 8),
+                     // stencil as u is saved
   int64_t mixed;     // separable (G, rows, taps, 8): what goes back through the weights
-  int64_t back;      // (G, columns, 8): the adjoint, with column scale and identity
+  int64_t back;      // the adjoint, with column scale and identity: (G, columns, 8),
+                     // stencil as the iterate
   int64_t phase;     // symbol (G, taps, 4, 2): exp(-i w . offset)
   int64_t fresh;     // symbol (G, 4, phases channels, 2): the next x, not normalised
   int64_t patterns;  // separable (G, inputs, 8): h

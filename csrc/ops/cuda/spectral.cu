@@ -78,7 +78,6 @@ void spectral_step(const Plan& plan, const lmtfast_tensor* tensors, int64_t n_te
     launch_stencil(call.at(kSecondAdjoint), true, true, call.blocks(kSecondAdjoint), stream);
     launch_stencil(call.at(kSecondImage), false, true, call.blocks(kSecondImage), stream);
   }
-  launch_finish(call.at(kFinish), call.blocks(kFinish), stream);
 }
 
 void spectral_vjp(const Plan& plan, const lmtfast_tensor* tensors, int64_t n_tensors,

@@ -3,7 +3,7 @@
 // ops/spectral.h. A step is
 //   prepare, pass, finish            operators by symbol, matrices: the weights are read once
 //   prepare, image, back             separable: twice
-//   prepare, A v, A^T u, finish      convolutions by power iteration
+//   prepare, A v, A^T u              convolutions by power iteration
 // one launch each for all operators of the network, and a gradient one launch, scales included.
 // What the separable engine saves of the image is the image as its gradient reads it: mixed by the
 // overlap of the shifted patterns, over sigma.
@@ -25,7 +25,6 @@ void launch_pass_finish(const View& view, unsigned records, unsigned blocks, Str
 void launch_image(const View& view, unsigned blocks, Stream stream);
 void launch_back(const View& view, unsigned records, unsigned blocks, Stream stream);
 void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream);
-void launch_finish(const View& view, unsigned blocks, Stream stream);
 void launch_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,
                      unsigned blocks, Stream stream);
 
