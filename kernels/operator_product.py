@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Power iteration on the true padded, strided operators of a network: v <- A^T A v.
 
-The definition is :mod:`lmtfast.engines.operator`; all operators are in each of four launches, three
+The definition is :mod:`lmtfast.engines.operator`; all operators are in each of three launches, two
 where nothing is to move:
 
 ``operator_pack``     kernels with scales and identity as (tap, rows, channels), unless they can be
-                      read in place; pieces of ||v||^2; the scale buffer
+                      read in place; pieces of ||v||^2; the scale buffer; zero counters
 ``operator_product``  u = A v, and pieces of ||u||^2
 ``operator_product``  v = A^T u, and pieces of ||v||^2
-``operator_finish``   norms from the pieces in their order, unit vectors, sigma
 
 A product divides its source by the source's norm as it loads it, so that no magnitude of weights
-over- or underflows twice. Programs own tiles of the target and add visits (operator_work.py) in a
-fixed order; strided adjoints gather, so nothing is added across programs. float32 by default;
-TF32 where torch.backends.cuda.matmul.allow_tf32 says so.
+over- or underflows twice. In the last of a step's products the programs of an operator also keep
+their shares of the source as a unit vector, and the one that comes last has all pieces of the
+target's norm: it adds them in their order and writes sigma, the target as a unit vector and the new
+iterate. Programs own tiles of the target and add visits (operator_work.py) in a fixed order;
+strided adjoints gather, so nothing is added across programs. float32 by default; TF32 where
+torch.backends.cuda.matmul.allow_tf32 says so.
 
 Floor of one step of WRN-28-10: 21 GFLOP, 313 us at 67 TFLOP/s in float32, 53 us in TF32; weights
 are packed once (146 MB read, 146 MB written, 68 us at 4.3 TB/s) and read once per product.
@@ -24,6 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lmtfast.kernels.arrival import last_of
 from lmtfast.kernels.channel_scale import fill_scales
 from lmtfast.kernels.descriptor import (
     CHANNELS,
@@ -68,12 +71,12 @@ from lmtfast.kernels.specialization import Specialization
 from lmtfast.kernels.visit_work import VISIT_WIDTH
 
 PIECE_SIZE, PARTS_AT_ONCE, BLOCK = tl.constexpr(PIECE), tl.constexpr(128), tl.constexpr(1024)
+KEPT_BLOCK = tl.constexpr(4096)
+LARGEST = tl.constexpr(3e38)
 FLAT_SHAPE, THIN_SHAPE = tl.constexpr(FLAT), tl.constexpr(THIN)
 HIGH, WIDE = tl.constexpr(SHAPES[0][0]), tl.constexpr(SHAPES[0][1])
 LOW, NARROW = tl.constexpr(SHAPES[THIN][0]), tl.constexpr(SHAPES[FLAT][1])
 PACK_GEOMETRY = {"SCALE_BLOCK": SCALE_BLOCK, "num_warps": 4}
-
-FINISH_GEOMETRY = {"num_warps": 4}
 
 
 @triton.jit
@@ -83,8 +86,9 @@ def doubles(workspace, offset):
 
 
 @triton.jit
-def norm_of(parts, count):
+def norm_of(row, workspace, PARTS: tl.constexpr, COUNT: tl.constexpr):
     """Root of a sum of pieces, added in their order, float64."""
+    parts, count = doubles(workspace, tl.load(row + PARTS)), whole(row, COUNT)
     total = tl.zeros((PARTS_AT_ONCE,), tl.float64)
     for start in range(0, count, PARTS_AT_ONCE):
         i = start + tl.arange(0, PARTS_AT_ONCE)
@@ -94,13 +98,14 @@ def norm_of(parts, count):
 
 @triton.jit
 def inverse_of(norm):
-    """1 / norm; a vector of zeros stays one."""
-    return 1.0 / tl.where(norm == 0, 1.0, norm)
+    """1 / norm in float32, or its largest; a vector of zeros stays one, and NaN comes through."""
+    inverse = 1.0 / tl.where(norm == 0, 1.0, norm)
+    return tl.where(inverse > LARGEST, LARGEST, inverse).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n_squares", "n_packing"])
 def operator_pack(
-    operators, tensors, factors, stretches, squares, packing, state, saved, workspace,
+    operators, tensors, factors, stretches, squares, packing, state, saved, workspace, counters,
     n_squares, n_packing,
     SCALE_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -108,6 +113,8 @@ def operator_pack(
     if item < n_squares:
         row = operators + tl.load(squares + 2 * item) * OPERATOR_WIDTH
         piece, size = tl.load(squares + 2 * item + 1), tl.load(row + VECTOR_SIZE)
+        if piece == 0:
+            tl.store(counters + tl.load(squares + 2 * item), 0)
         vector = state + tl.load(row + STATE)
         total = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, PIECE_SIZE, BLOCK):
@@ -130,26 +137,26 @@ def operator_pack(
 
 @triton.jit
 def operator_product(
-    operators, tensors, visits, items, state, workspace,
-    SECOND: tl.constexpr, PRECISION: tl.constexpr,
+    operators, tensors, visits, items, state, saved, workspace, counters, sigmas, new_state,
+    SECOND: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of A v, or with SECOND of A^T u."""
+    """One tile of A v, or with SECOND of A^T u; with LAST unit vectors, sigma and new iterate."""
     item = items + tl.program_id(0) * ITEM_WIDTH
     row = operators + tl.load(item) * OPERATOR_WIDTH
     if SECOND:
         source = workspace + tl.load(row + IMAGE)
-        parts, count = doubles(workspace, tl.load(row + IMAGE_PARTS)), whole(row, IMAGE_COUNT)
+        norm = norm_of(row, workspace, IMAGE_PARTS, IMAGE_COUNT)
         target = workspace + tl.load(row + BACK)
         squares = doubles(workspace, tl.load(row + BACK_PARTS))
         adjoint = tl.load(row + TRANSPOSED) == 0
     else:
         source = state + tl.load(row + STATE)
-        parts, count = doubles(workspace, tl.load(row + ENTERED_PARTS)), whole(row, ENTERED_COUNT)
+        norm = norm_of(row, workspace, ENTERED_PARTS, ENTERED_COUNT)
         target = workspace + tl.load(row + IMAGE)
         squares = doubles(workspace, tl.load(row + IMAGE_PARTS))
         adjoint = tl.load(row + TRANSPOSED) != 0
     squares += tl.load(item + 6)
-    inverse = inverse_of(norm_of(parts, count)).to(tl.float32)
+    inverse = inverse_of(norm)
     shape = tl.load(item + 7)
     # In float32 all of a step's operands pass through registers.
     DEPTH: tl.constexpr = 16 if PRECISION == "ieee" else 32
@@ -185,6 +192,57 @@ def operator_product(
                 row, tensors, visits, item, source, inverse, target, squares, workspace, False,
                 PRECISION, HIGH, WIDE, DEPTH,
             )  # fmt: skip
+    if LAST:
+        finish(
+            row, tl.load(item + 6), state, saved, workspace, counters + tl.load(item), sigmas,
+            new_state, SECOND,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    row, part, state, saved, workspace, counter, sigmas, new_state, SECOND: tl.constexpr
+):  # fmt: skip
+    """This program's share of the source and, by the last of an operator, all of the target.
+
+    It finds both anew: registers that hold them during the product are registers too many.
+    """
+    u_size, v_size = tl.load(row + IMAGE_SIZE), tl.load(row + VECTOR_SIZE)
+    image, entered = workspace + tl.load(row + IMAGE), state + tl.load(row + STATE)
+    u = saved + tl.load(row + SAVED)
+    v = u + u_size
+    if SECOND:
+        count = whole(row, BACK_COUNT)
+        inverse = inverse_of(norm_of(row, workspace, IMAGE_PARTS, IMAGE_COUNT))
+        keep_scaled(image, inverse, u, u, u_size, part, count)
+    else:
+        count = whole(row, IMAGE_COUNT)
+        inverse = inverse_of(norm_of(row, workspace, ENTERED_PARTS, ENTERED_COUNT))
+        keep_scaled(entered, inverse, v, v, v_size, part, count)
+    if last_of(counter, count):
+        if SECOND:
+            sigma = norm_of(row, workspace, BACK_PARTS, BACK_COUNT)
+            back, inverse = workspace + tl.load(row + BACK), inverse_of(sigma)
+            if (sigma == 0) | (sigma - sigma != 0):
+                # Weights that are zero now must not end the iteration, nor may what is not finite.
+                back = entered
+                inverse = inverse_of(norm_of(row, workspace, ENTERED_PARTS, ENTERED_COUNT))
+            # The gradient is that of <u, A v> at the new pair.
+            keep_scaled(back, inverse, v, new_state + tl.load(row + STATE), v_size, 0, 1)
+        else:
+            sigma = norm_of(row, workspace, IMAGE_PARTS, IMAGE_COUNT)
+            keep_scaled(image, inverse_of(sigma), u, u, u_size, 0, 1)
+        tl.store(sigmas + tl.load(row + NUMBER), sigma.to(tl.float32))
+
+
+@triton.jit(noinline=True)
+def keep_scaled(source, factor, target, copy, size, part, parts):
+    """One of several programs' share of a vector times a factor, to two places."""
+    for start in range(part * KEPT_BLOCK, size, parts * KEPT_BLOCK):
+        i = start + tl.arange(0, KEPT_BLOCK)
+        x = tl.load(source + i, i < size, other=0.0) * factor
+        tl.store(target + i, x, i < size)
+        tl.store(copy + i, x, i < size)
 
 
 @triton.jit
@@ -277,53 +335,17 @@ def wrapped(i, length, period):
     return tl.where(i >= length, i - period, i)
 
 
-@triton.jit
-def operator_finish(
-    operators, pieces, state, saved, workspace, sigmas, new_state, UPDATE: tl.constexpr
-):  # fmt: skip
-    """One piece of the unit vectors that are kept and, with UPDATE, of the new iterate."""
-    item = pieces + tl.program_id(0) * 2
-    row, piece = operators + tl.load(item) * OPERATOR_WIDTH, tl.load(item + 1)
-    entered = norm_of(doubles(workspace, tl.load(row + ENTERED_PARTS)), whole(row, ENTERED_COUNT))
-    reached = norm_of(doubles(workspace, tl.load(row + IMAGE_PARTS)), whole(row, IMAGE_COUNT))
-    u_size, v_size = tl.load(row + IMAGE_SIZE), tl.load(row + VECTOR_SIZE)
-    image, vector = workspace + tl.load(row + IMAGE), state + tl.load(row + STATE)
-    kept = saved + tl.load(row + SAVED)
-    sigma, scale = reached, inverse_of(reached)
-    if UPDATE:
-        sigma = norm_of(doubles(workspace, tl.load(row + BACK_PARTS)), whole(row, BACK_COUNT))
-        back, advanced = workspace + tl.load(row + BACK), new_state + tl.load(row + STATE)
-        # Weights that are zero now must not end the iteration, nor may what is not finite.
-        usable = tl.where((sigma > 0) & (sigma < float("inf")), 1, 0)
-    if piece == 0:
-        tl.store(sigmas + tl.load(row + NUMBER), sigma.to(tl.float32))
-    for start in range(0, PIECE_SIZE, BLOCK):
-        i = piece * PIECE_SIZE + start + tl.arange(0, BLOCK)
-        u = tl.load(image + i, i < u_size, other=0.0).to(tl.float64) * scale
-        tl.store(kept + i, u.to(tl.float32), i < u_size)
-        v = tl.load(vector + i, i < v_size, other=0.0).to(tl.float64) * inverse_of(entered)
-        if UPDATE:
-            x = tl.load(back + i, (i < v_size) & (usable != 0), other=0.0).to(tl.float64)
-            v = tl.where(usable != 0, x * inverse_of(sigma), v)
-            tl.store(advanced + i, v.to(tl.float32), i < v_size)
-        # The gradient is that of <u, A v> at the new pair.
-        tl.store(kept + u_size + i, v.to(tl.float32), i < v_size)
-
-
 def product_geometry(precision: str) -> dict[str, int]:
     """Launch options; a third stage of float32 would spill."""
     return {"num_warps": 8, "num_stages": 2 if precision == "ieee" else 3}
 
 
 def shipped() -> list[Specialization]:
-    found = [
-        specialized(operator_finish, "update", FINISH_GEOMETRY, UPDATE=True),
-        specialized(operator_finish, "no update", FINISH_GEOMETRY, UPDATE=False),
-        specialized(operator_pack, "any network", PACK_GEOMETRY),
-    ]
-    for second, label in ((False, "A v"), (True, "A^T u")):
+    found = [specialized(operator_pack, "any network", PACK_GEOMETRY)]
+    products = (("A v", False, False), ("A v, no update", False, True), ("A^T u", True, True))
+    for label, second, last in products:
         for precision in ("ieee", "tf32"):
-            constants = {"SECOND": second, "PRECISION": precision}
+            constants = {"SECOND": second, "LAST": last, "PRECISION": precision}
             label_here = f"{label}, {precision}"
             geometry = product_geometry(precision)
             found.append(specialized(operator_product, label_here, geometry, **constants))

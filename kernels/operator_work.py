@@ -71,7 +71,8 @@ ITEM_WIDTH = tl.constexpr(14)
 # Shapes of tiles, (rows, positions): usual, few positions, few rows.
 SHAPES = ((64, 64), (64, 16), (16, 64))
 WIDE, FLAT, THIN = range(3)
-PIECE = 4096  # entries of a vector that one program squares or normalises
+PIECE = 4096  # entries of a vector that one program squares
+SCALING_COST = 16  # multiply-adds of a product in the time in which one entry is scaled
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,6 @@ class OperatorWork:
             that are read in place do nothing.
         images: Items of the products A v, ``(n, ITEM_WIDTH)``.
         backs: Items of the products A^T u.
-        pieces: (operator, piece) of the longer of both vectors, one per program of the last launch.
         workspace: Entries of the workspace, float32.
     """
 
@@ -96,7 +96,6 @@ class OperatorWork:
     packing: Tensor
     images: Tensor
     backs: Tensor
-    pieces: Tensor
     workspace: int
 
 
@@ -126,7 +125,6 @@ class _Planner:
         self.squares: list[list[int]] = []
         self.packing: list[list[int]] = []
         self.products: tuple[list[tuple[int, list[int]]], ...] = ([], [])
-        self.pieces: list[list[int]] = []
         self.workspace = 0
 
     def _take(self, entries: int) -> int:
@@ -149,8 +147,10 @@ class _Planner:
         adjoint = self._product(op, groups, channels, rows, adjoint_classes(row))
         image_items, back_items = (adjoint, forward) if row["transposed"] else (forward, adjoint)
         pieces = -(-vector // PIECE)
-        for kind, found in enumerate((image_items, back_items)):
+        for kind, (found, size) in enumerate(((image_items, image), (back_items, vector))):
             for piece, (cost, item) in enumerate(found):
+                # Whichever is the last to be done goes on to scale the whole target.
+                cost += SCALING_COST * size
                 self.products[kind].append((cost, [*item[:6], piece, *item[6:]]))
         values = {
             "in_points": inputs, "out_points": outputs, "visits": first_visit,
@@ -168,7 +168,6 @@ class _Planner:
             [*self.table.rows[number], *added, *(values[name] for name in OPERATOR_FIELDS)]
         )
         self.squares += [[op, piece] for piece in range(pieces)]
-        self.pieces += [[op, piece] for piece in range(-(-max(image, vector) // PIECE))]
         self.packing += [
             [op, g, r, c]
             for g in range(groups)
@@ -201,13 +200,12 @@ class _Planner:
         def table(rows: list[list[int]], width: int) -> Tensor:
             return torch.tensor(rows, dtype=torch.int32).reshape(-1, width)
 
-        # Long sums first, so that no program is left alone at the end.
+        # Long programs first, so that none is left alone at the end.
         products = [
             table([item for _, item in sorted(found, key=lambda pair: -pair[0])], ITEM_WIDTH.value)
             for found in self.products
         ]
         return OperatorWork(
             torch.tensor(self.operators, dtype=torch.int64), table(self.visits, VISIT_WIDTH.value),
-            table(self.squares, 2), table(self.packing, 4), *products, table(self.pieces, 2),
-            self.workspace,
+            table(self.squares, 2), table(self.packing, 4), *products, self.workspace,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lmtfast.kernels.arrival import last_of
 from lmtfast.kernels.channel_scale import fill_scales
 from lmtfast.kernels.descriptor import (
     CHANNELS,
@@ -178,17 +179,12 @@ def separable_image(
     row = operators + tl.load(item) * SEPARABLE_WIDTH
     group, tile = tl.load(item + 1), tl.load(item + 2)
     image_tile(row, tensors, group, tile, workspace)
-    # All threads' results are there before the tile is counted.
-    tl.debug_barrier()
     counter = counters + tl.load(row + IMAGE_COUNTER)
-    arrived = tl.atomic_add(counter + group, 1, sem="acq_rel")
-    if arrived == whole(row, TILES) - 1:
+    if last_of(counter + group, whole(row, TILES)):
         read_norm(row, group, workspace)
         if UPDATE:
             move_patterns(row, group, visits, classes, workspace)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter + whole(row, GROUPS), 1, sem="acq_rel")
-        if arrived == whole(row, GROUPS) - 1:
+        if last_of(counter + whole(row, GROUPS), whole(row, GROUPS)):
             keep_winner(row, saved, workspace, sigmas)
 
 
@@ -342,10 +338,8 @@ def separable_adjoint(operators, tensors, tiles, state, workspace, counters, new
     row = operators + tl.load(item) * SEPARABLE_WIDTH
     group, tile = tl.load(item + 1), tl.load(item + 2)
     adjoint_tile(row, tensors, group, tile, workspace)
-    tl.debug_barrier()
     counter = counters + tl.load(row + ADJOINT_COUNTER)
-    arrived = tl.atomic_add(counter + group, 1, sem="acq_rel")
-    if arrived == whole(row, TILES) - 1:
+    if last_of(counter + group, whole(row, TILES)):
         advance(row, group, state, workspace, new_state)
 
 

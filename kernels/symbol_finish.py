@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lmtfast.kernels.arrival import last_of
 from lmtfast.kernels.channel_scale import scale_of
 from lmtfast.kernels.descriptor import (
     AXES,
@@ -110,10 +111,7 @@ def symbol_finish(
     if UPDATE:
         exponent = largest_exponent(row, workspace, group)
         collect(row, group, block, exponent, tap_major, tap_table, state, saved, workspace)
-        # All threads' results are there before the block is counted.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter + group, 1, sem="acq_rel")
-        last_of_group = arrived == whole(row, BLOCKS) - 1
+        last_of_group = last_of(counter + group, whole(row, BLOCKS))
     if last_of_group:
         before = lengths_of_image(row, group, workspace)
         f = tl.arange(0, F)
@@ -127,9 +125,7 @@ def symbol_finish(
             search(row, q, tap_table, root_table, scratch, BITS)
             turn_back(row, group, tap_major, tap_table, workspace, scratch, BITS)
             advance(row, group, exponent, state, workspace, scratch, new_state)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter + whole(row, GROUPS), 1, sem="acq_rel")
-        if arrived == whole(row, GROUPS) - 1:
+        if last_of(counter + whole(row, GROUPS), whole(row, GROUPS)):
             keep_winner(row, tap_major, saved, workspace, sigmas)
 
 

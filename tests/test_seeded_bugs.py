@@ -73,6 +73,11 @@ BUGS = (
         SPECTRAL, "triton-operator and steps",
     ),
     Bug(
+        "triton operator: scaled before the last tile is there", "kernels/operator_product.py",
+        "if last_of(counter, count):", "if last_of(counter, count - 1):",
+        SPECTRAL, "triton-operator and steps",
+    ),
+    Bug(
         "triton operator: the adjoint does not wrap", "kernels/visit_work.py",
         'wraps = (-1, 0, 1) if row["circular"] else (0,)', "wraps = (0,)",
         SPECTRAL, "triton-operator and steps and circular",
@@ -175,6 +180,12 @@ BUGS = (
         "cuda stencil: rows for channels in a tap-major weight", "csrc/ops/cuda/stencil.h",
         "tap_major ? tap * s.channels + channel", "tap_major ? tap * s.rows + channel",
         SPECTRAL, "cuda",
+    ),
+    Bug(
+        "cuda operator: scaled when one group is there", "csrc/ops/cuda/operator.cu",
+        "last_of(v.counters + w.counters, static_cast<int32_t>(blocks))",
+        "last_of(v.counters + w.counters, static_cast<int32_t>(blocks / s.groups))",
+        SPECTRAL, "cuda-operator and steps and groups",
     ),
     Bug(
         "cuda symbol: sign of the phase", "csrc/ops/cuda/symbol.h",

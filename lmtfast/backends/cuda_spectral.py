@@ -42,7 +42,7 @@ def spectral_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every operator that the table marks as compiled.
 
-    Three launches by ``symbol`` and by ``separable``, four by power iteration. Arguments and
+    Three launches of each engine, two of power iteration where nothing is to move. Arguments and
     results are those of :func:`lmtfast.backends.native_spectral.spectral_step`, on a GPU.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmtfast.backends.triton_network import Network, Step, prepared, require_device
+from lmtfast.backends.triton_network import Step, prepared, require_device
 from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.kernels import operator_product
 from lmtfast.kernels.gradient_work import rows_of_engine
@@ -32,70 +32,59 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+class _Call(NamedTuple):
+    """The launches of one step and what they alone share."""
+
+    step: Step
+    work: OperatorWork
+    workspace: Tensor
+    counters: Tensor
+
+    def pack(self) -> None:
+        step, work, network = self.step, self.work, self.step.network
+        squares, packing = work.squares.shape[0], work.packing.shape[0]
+        operator_product.operator_pack[(squares + packing + network.stretches.shape[0],)](
+            work.operators, step.described, network.factors, network.stretches, work.squares,
+            work.packing, step.state, step.saved, self.workspace, self.counters, squares, packing,
+            **operator_product.PACK_GEOMETRY,
+        )  # fmt: skip
+
+    def product(self, items: Tensor, *, second: bool, last: bool) -> None:
+        step, work = self.step, self.work
+        operator_product.operator_product[(items.shape[0],)](
+            work.operators, step.described, work.visits, items, step.state, step.saved,
+            self.workspace, self.counters, step.sigmas, step.new_state, SECOND=second, LAST=last,
+            PRECISION=precision(), **operator_product.product_geometry(precision()),
+        )  # fmt: skip
+
+
+def _call(step: Step, work: OperatorWork) -> _Call:
+    counters = torch.empty(work.operators.shape[0], dtype=torch.int32, device=step.state.device)
+    return _Call(step, work, step.state.new_empty(work.workspace), counters)
+
+
 def operator_step(step: Step) -> None:
     """The launches of one step of every operator that the table gives to power iteration."""
     work = step.network.operator
     if work is None:
         return
-    workspace = step.state.new_empty(work.workspace)
-    _pack(work, step.network, step.described, step.state, step.saved, workspace)
-    _product(work, step.described, work.images, step.state, workspace, second=False)
+    call = _call(step, work)
+    call.pack()
+    call.product(work.images, second=False, last=not step.update)
     if step.update:
-        _product(work, step.described, work.backs, step.state, workspace, second=True)
-    operator_product.operator_finish[(work.pieces.shape[0],)](
-        work.operators, work.pieces, step.state, step.saved, workspace, step.sigmas,
-        step.new_state, UPDATE=step.update, **operator_product.FINISH_GEOMETRY,
-    )  # fmt: skip
-
-
-def _pack(
-    work: OperatorWork,
-    network: Network,
-    described: Tensor,
-    state: Tensor,
-    saved: Tensor,
-    workspace: Tensor,
-) -> None:
-    squares, packing = work.squares.shape[0], work.packing.shape[0]
-    operator_product.operator_pack[(squares + packing + network.stretches.shape[0],)](
-        work.operators, described, network.factors, network.stretches, work.squares, work.packing,
-        state, saved, workspace, squares, packing, **operator_product.PACK_GEOMETRY,
-    )  # fmt: skip
-
-
-def _product(
-    work: OperatorWork,
-    described: Tensor,
-    items: Tensor,
-    state: Tensor,
-    workspace: Tensor,
-    *,
-    second: bool,
-) -> None:
-    operator_product.operator_product[(items.shape[0],)](
-        work.operators, described, work.visits, items, state, workspace, SECOND=second,
-        PRECISION=precision(), **operator_product.product_geometry(precision()),
-    )  # fmt: skip
+        call.product(work.backs, second=True, last=True)
 
 
 class _Single(NamedTuple):
     """One operator of a network, with its kernel packed."""
 
-    work: OperatorWork
+    call: _Call
     number: int
     at: list[int]  # its descriptor
-    described: Tensor
-    state: Tensor
-    saved: Tensor
-    workspace: Tensor
-
-    def written(self, offset: int, x: Tensor, parts: int, count: int) -> None:
-        """Puts a vector into the workspace as one of norm one, by which a product divides."""
-        self.workspace[offset : offset + x.numel()] = x
-        self.normalised(parts, count)
 
     def normalised(self, parts: int, count: int) -> None:
-        squares = self.workspace[parts : parts + 2 * count].view(torch.float64)
+        """Lets a vector have norm one, by which a product divides."""
+        squares = self.call.workspace[parts : parts + 2 * count].view(torch.float64)
         squares.zero_()
         squares[0] = 1.0
 
@@ -123,12 +112,13 @@ def _single(
     if v is not None:
         start = at[FIELDS.index("state_offset")]
         state[start : start + at[VECTOR_SIZE.value]] = _vector(v, at[VECTOR_SIZE.value], "v")
-    saved = torch.zeros(table.saved_size, device=device)
-    workspace = torch.empty(work.workspace, device=device)
-    described = network.described(network.views(tensors))
+    saved, sigmas = torch.zeros(table.saved_size, device=device), state.new_empty(len(table.rows))
+    views = network.views(tensors)
+    new_state, described = torch.empty_like(state), network.described(views)
+    call = _call(Step(network, views, described, state, new_state, sigmas, saved, True), work)
     with torch.cuda.device_of(state):
-        _pack(work, network, described, state, saved, workspace)
-    return _Single(work, numbers.index(row), at, described, state, saved, workspace)
+        call.pack()
+    return _Single(call, numbers.index(row), at)
 
 
 def row_matvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], v: Tensor) -> Tensor:
@@ -141,13 +131,10 @@ def row_matvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], v: Ten
     """
     require_device(v, "v")
     single = _single(table, row, tensors, v, v.device)
-    at, workspace = single.at, single.workspace
+    at, workspace = single.at, single.call.workspace
     single.normalised(at[ENTERED_PARTS.value], at[ENTERED_COUNT.value])
     with torch.cuda.device_of(v):
-        _product(
-            single.work, single.described, single.items(single.work.images), single.state,
-            workspace, second=False,
-        )  # fmt: skip
+        single.call.product(single.items(single.call.work.images), second=False, last=False)
     return workspace[at[IMAGE.value] : at[IMAGE.value] + at[IMAGE_SIZE.value]].clone()
 
 
@@ -155,14 +142,12 @@ def row_rmatvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], u: Te
     """``A^T u`` of one compiled operator; as :func:`row_matvec`."""
     require_device(u, "u")
     single = _single(table, row, tensors, None, u.device)
-    at, workspace = single.at, single.workspace
+    at, workspace = single.at, single.call.workspace
     x = _vector(u, at[IMAGE_SIZE.value], "u")
-    single.written(at[IMAGE.value], x, at[IMAGE_PARTS.value], at[IMAGE_COUNT.value])
+    workspace[at[IMAGE.value] : at[IMAGE.value] + x.numel()] = x
+    single.normalised(at[IMAGE_PARTS.value], at[IMAGE_COUNT.value])
     with torch.cuda.device_of(u):
-        _product(
-            single.work, single.described, single.items(single.work.backs), single.state,
-            workspace, second=True,
-        )  # fmt: skip
+        single.call.product(single.items(single.call.work.backs), second=True, last=True)
     return workspace[at[BACK.value] : at[BACK.value] + at[VECTOR_SIZE.value]].clone()
 
 
@@ -173,12 +158,12 @@ def saved_pair(
     ``spectral_vjp`` finds the gradient of ``<u, A v>``."""
     require_device(u, "u")
     single = _single(table, row, tensors, None, u.device)
-    start, sizes = single.at[FIELDS.index("saved_offset")], single.at
+    start, sizes, saved = single.at[FIELDS.index("saved_offset")], single.at, single.call.step.saved
     pair = (
         _vector(u, sizes[IMAGE_SIZE.value], "u"), _vector(v, sizes[VECTOR_SIZE.value], "v"),
     )  # fmt: skip
-    single.saved[start : start + sum(x.numel() for x in pair)] = torch.cat(pair)
-    return single.saved
+    saved[start : start + sum(x.numel() for x in pair)] = torch.cat(pair)
+    return saved
 
 
 def _vector(x: Tensor, size: int, name: str) -> Tensor:

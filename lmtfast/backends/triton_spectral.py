@@ -35,8 +35,8 @@ STEPS = frozenset({"operator", "symbol", "separable"})
 def spectral_step(
     table: OperatorTable, tensors: Sequence[Tensor], state: Tensor, *, update: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every operator that the table marks as compiled: three launches by ``symbol`` and
-    by ``separable``, four by power iteration.
+    """One step of every operator that the table marks as compiled: three launches of each engine,
+    two of power iteration where nothing is to move.
 
     Arguments and results are those of :func:`lmtfast.backends.native_spectral.spectral_step`, on
     a GPU; weights may be float16 as well.
