@@ -4,30 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
-#include <vector>
 
-#include "python/status.h"
+#include "python/tables.h"
 
 namespace py = pybind11;
 
 namespace lmtfast::python {
 namespace {
-
-using Integers = std::vector<int64_t>;
-using Address = std::uintptr_t;
-
-template <class Row>
-std::vector<Row> rows_of(const Integers& flat, const char* name) {
-  if (flat.size() * sizeof(int64_t) % sizeof(Row) != 0) {
-    throw py::value_error(std::string("expected whole rows; got ") + std::to_string(flat.size()) +
-                          " integers; at " + name);
-  }
-  std::vector<Row> rows(flat.size() * sizeof(int64_t) / sizeof(Row));
-  if (!flat.empty()) std::memcpy(rows.data(), flat.data(), flat.size() * sizeof(int64_t));
-  return rows;
-}
-
-float* floats(Address value) { return static_cast<float*>(address(value)); }
 
 class Plan {
  public:

@@ -3,10 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
-#include <vector>
-
-#include "python/status.h"
+#include "python/tables.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -16,20 +13,6 @@ namespace py = pybind11;
 
 namespace lmtfast::python {
 namespace {
-
-using Integers = std::vector<int64_t>;
-using Address = std::uintptr_t;
-
-template <class Row>
-std::vector<Row> rows_of(const Integers& flat, const char* name) {
-  if (flat.size() * sizeof(int64_t) % sizeof(Row) != 0) {
-    throw py::value_error(std::string("expected whole rows; got ") + std::to_string(flat.size()) +
-                          " integers; at " + name);
-  }
-  std::vector<Row> rows(flat.size() * sizeof(int64_t) / sizeof(Row));
-  if (!flat.empty()) std::memcpy(rows.data(), flat.data(), flat.size() * sizeof(int64_t));
-  return rows;
-}
 
 // Gradients are fresh memory and are written whole: large pages spare a fault per 4 KiB, which can
 // cost more than the writing. Advice only; NumPy gives it for its own arrays from this size on.
@@ -140,8 +123,6 @@ class Network {
     }
     raise_unless_ok(status);
   }
-
-  static float* floats(Address value) { return static_cast<float*>(address(value)); }
 
   std::vector<lmtfast_op_row> rows_;
   std::vector<lmtfast_scale_row> scales_;

@@ -22,61 +22,36 @@ __device__ void write_sum(double* sums, int64_t index, double square) {
   if (threadIdx.x == 0) sums[index] = total;
 }
 
-__device__ double image_tile(const Op& op, const Ends& ends, int32_t tile) {
-  const int32_t tiles = tiles_of(op.s.outputs);
+// One tile of A v, or of the adjoint; returns its sum of squares.
+template <bool kAdjoint>
+__device__ double product_tile(const Op& op, const Ends& ends, int32_t tile) {
+  const Stencil& s = op.s;
+  const int32_t rows = kAdjoint ? s.channels : s.rows, columns = kAdjoint ? s.inputs : s.outputs;
+  const int32_t units = kAdjoint ? s.rows : s.channels;
+  const int32_t positions = kAdjoint ? s.outputs : s.inputs;
+  const int32_t tiles = tiles_of(columns);
   const int32_t row0 = tile / tiles * kTileSide, column0 = tile % tiles * kTileSide;
-  const TapDepth depth(op.s.channels, op.s.taps);
-  const int64_t first = static_cast<int64_t>(op.group) * op.s.channels * op.s.inputs;
-  const Planes plain{ends.input + first, op.s.channels, op.s.inputs, nullptr, ends.factor};
+  const TapDepth depth(units, s.taps);
+  const int64_t first = static_cast<int64_t>(op.group) * units * positions;
+  const Planes plain{ends.input + first, positions, nullptr, ends.factor};
   Planes scaled = plain;
-  scaled.scale = op.column_scale;
+  scaled.scale = kAdjoint ? op.row_scale : op.column_scale;
   TileSum sum;
-  tile_product(ImageWeights{op, depth}, ImageInputs{op, depth, scaled}, op.s.rows, op.s.outputs,
-               row0, column0, depth.steps(), sum);
-  const Point centre = point_of(op.s.kernel, centre_tap(op.s));
+  tile_product(ProductWeights<kAdjoint>{op, depth}, ProductPlanes<kAdjoint>{op, depth, scaled},
+               rows, columns, row0, column0, depth.steps(), sum);
+  const Point centre = point_of(s.kernel, centre_tap(s));
   const float identity = op.identity();
-  float* out = ends.output + static_cast<int64_t>(op.group) * op.s.rows * op.s.outputs;
+  float* out = ends.output + static_cast<int64_t>(op.group) * rows * columns;
   double square = 0;
   for_each_entry(share_tile(sum), [&](int32_t row, int32_t column, float entry) {
-    const int32_t o = row0 + row, p = column0 + column;
-    if (o >= op.s.rows || p >= op.s.outputs) return;
-    float value = entry * op.rs(o);
-    if (identity != 0.0f && o < op.s.channels) {
-      const int32_t q = input_of(op.s, point_of(op.s.out, p), centre);
-      if (q >= 0) value += identity * plain.at(o, q);
+    const int32_t i = row0 + row, p = column0 + column;
+    if (i >= rows || p >= columns) return;
+    float value = entry * (kAdjoint ? op.cs(i) : op.rs(i));
+    if (identity != 0.0f && i < units) {
+      const Point from = point_of(kAdjoint ? s.in : s.out, p);
+      value += identity * plain.seen<kAdjoint>(s, i, from, centre);
     }
-    out[static_cast<int64_t>(o) * op.s.outputs + p] = value;
-    square += static_cast<double>(value) * static_cast<double>(value);
-  });
-  return square;
-}
-
-__device__ double adjoint_tile(const Op& op, const Ends& ends, int32_t tile) {
-  const int32_t tiles = tiles_of(op.s.inputs);
-  const int32_t row0 = tile / tiles * kTileSide, column0 = tile % tiles * kTileSide;
-  const TapDepth depth(op.s.rows, op.s.taps);
-  const int64_t first = static_cast<int64_t>(op.group) * op.s.rows * op.s.outputs;
-  const Planes plain{ends.input + first, op.s.rows, op.s.outputs, nullptr, ends.factor};
-  Planes scaled = plain;
-  scaled.scale = op.row_scale;
-  TileSum sum;
-  tile_product(AdjointWeights{op, depth}, AdjointOutputs{op, depth, scaled}, op.s.channels,
-               op.s.inputs, row0, column0, depth.steps(), sum);
-  const Point centre = point_of(op.s.kernel, centre_tap(op.s));
-  const float identity = op.identity();
-  float* out = ends.output + static_cast<int64_t>(op.group) * op.s.channels * op.s.inputs;
-  double square = 0;
-  for_each_entry(share_tile(sum), [&](int32_t row, int32_t column, float entry) {
-    const int32_t c = row0 + row, q = column0 + column;
-    if (c >= op.s.channels || q >= op.s.inputs) return;
-    float value = entry * op.cs(c);
-    if (identity != 0.0f && c < op.s.rows) {
-      for (int32_t wrap = 0; wrap < wraps_of(op.s); ++wrap) {
-        const int32_t p = output_of(op.s, point_of(op.s.in, q), centre, wrap_of(op.s, wrap));
-        if (p >= 0) value += identity * plain.at(c, p);
-      }
-    }
-    out[static_cast<int64_t>(c) * op.s.inputs + q] = value;
+    out[static_cast<int64_t>(i) * columns + p] = value;
     square += static_cast<double>(value) * static_cast<double>(value);
   });
   return square;
@@ -153,8 +128,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) stencil_kernel(View v, bool 
     ends.output = v.floats + w.image;
     ends.factor = inverse_or_one(std::sqrt(block_sum_of(v.doubles + w.input_sums, w.inputs)));
   }
-  const double square =
-      kAdjoint ? adjoint_tile(op, ends, item.tile) : image_tile(op, ends, item.tile);
+  const double square = product_tile<kAdjoint>(op, ends, item.tile);
   const int64_t block = static_cast<int64_t>(item.group) * item.tiles + item.tile;
   write_sum(v.doubles + (second ? w.back_sums : w.image_sums), block, square);
   if (second || v.new_state == nullptr) finish(v, op, item.op, ends, block, second);

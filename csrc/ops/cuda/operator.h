@@ -30,93 +30,74 @@ struct TapDepth {
   }
 };
 
-// A vector of positions per channel, scaled on the way in.
+// A vector of positions per unit, scaled on the way in.
 struct Planes {
-  const float* data;  // (channels, positions) of the group
-  int32_t channels, positions;
-  const float* scale;  // per channel, or null
+  const float* data;  // (units, positions) of the group
+  int32_t positions;
+  const float* scale;  // per unit, or null
   float factor;
 
-  __device__ float at(int32_t channel, int32_t position) const {
-    const float x = data[static_cast<int64_t>(channel) * positions + position] * factor;
-    return scale == nullptr ? x : x * scale[channel];
+  __device__ float at(int32_t unit, int32_t position) const {
+    const float x = data[static_cast<int64_t>(unit) * positions + position] * factor;
+    return scale == nullptr ? x : x * scale[unit];
+  }
+  // What a tap of the stencil sees from an output, of the adjoint from an input.
+  template <bool kAdjoint>
+  __device__ float seen(const Stencil& s, int32_t unit, const Point& from, const Point& tap) const {
+    if constexpr (kAdjoint) {
+      float sum = 0.0f;
+      for (int32_t wrap = 0; wrap < wraps_of(s); ++wrap) {
+        const int32_t position = output_of(s, from, tap, wrap_of(s, wrap));
+        if (position >= 0) sum += at(unit, position);
+      }
+      return sum;
+    } else {
+      const int32_t position = input_of(s, from, tap);
+      return position < 0 ? 0.0f : at(unit, position);
+    }
   }
 };
 
-struct ImageWeights {
-  static constexpr bool kDepthFast = true;
+// W, of the adjoint W^T: a place is a row (a channel), a unit a channel (a row).
+template <bool kAdjoint>
+struct ProductWeights {
+  static constexpr bool kDepthFast = !kAdjoint;
   using Place = int32_t;
   const Op& op;
   TapDepth depth;
 
-  __device__ Place place(int32_t row) const { return row < op.s.rows ? row : -1; }
-  __device__ float at(Place row, int32_t step, int32_t lane) const {
-    const int32_t c = depth.unit(step, lane);
-    if (row < 0 || c >= op.s.channels) return 0.0f;
-    const int32_t column = column_of(op.s, op.tap_major(), c, depth.tap(step, lane));
+  __device__ Place place(int32_t i) const {
+    return i < (kAdjoint ? op.s.channels : op.s.rows) ? i : -1;
+  }
+  __device__ float at(Place i, int32_t step, int32_t lane) const {
+    const int32_t unit = depth.unit(step, lane);
+    if (i < 0 || unit >= depth.units) return 0.0f;
+    const int32_t row = kAdjoint ? unit : i, channel = kAdjoint ? i : unit;
+    const int32_t column = column_of(op.s, op.tap_major(), channel, depth.tap(step, lane));
     return op.weight_at(op.first_weight() + static_cast<int64_t>(row) * op.s.columns + column);
   }
 };
 
-struct ImageInputs {
+template <bool kAdjoint>
+struct ProductPlanes {
   static constexpr bool kDepthFast = false;
   struct Place {
-    Point output;
+    Point from;
     bool inside;
   };
   const Op& op;
   TapDepth depth;
-  Planes input;
+  Planes read;
 
-  __device__ Place place(int32_t output) const {
-    return {point_of(op.s.out, output), output < op.s.outputs};
+  __device__ Place place(int32_t position) const {
+    return {point_of(kAdjoint ? op.s.in : op.s.out, position),
+            position < (kAdjoint ? op.s.inputs : op.s.outputs)};
   }
   __device__ float at(const Place& p, int32_t step, int32_t lane) const {
-    const int32_t c = depth.unit(step, lane);
-    if (!p.inside || c >= op.s.channels) return 0.0f;
-    const int32_t position = input_of(op.s, p.output, point_of(op.s.kernel, depth.tap(step, lane)));
-    return position < 0 ? 0.0f : input.at(c, position);
-  }
-};
-
-struct AdjointWeights {
-  static constexpr bool kDepthFast = false;
-  using Place = int32_t;
-  const Op& op;
-  TapDepth depth;
-
-  __device__ Place place(int32_t channel) const { return channel < op.s.channels ? channel : -1; }
-  __device__ float at(Place channel, int32_t step, int32_t lane) const {
-    const int32_t o = depth.unit(step, lane);
-    if (channel < 0 || o >= op.s.rows) return 0.0f;
-    const int32_t column = column_of(op.s, op.tap_major(), channel, depth.tap(step, lane));
-    return op.weight_at(op.first_weight() + static_cast<int64_t>(o) * op.s.columns + column);
-  }
-};
-
-struct AdjointOutputs {
-  static constexpr bool kDepthFast = false;
-  struct Place {
-    Point input;
-    bool inside;
-  };
-  const Op& op;
-  TapDepth depth;
-  Planes output;
-
-  __device__ Place place(int32_t input) const {
-    return {point_of(op.s.in, input), input < op.s.inputs};
-  }
-  __device__ float at(const Place& q, int32_t step, int32_t lane) const {
-    const int32_t o = depth.unit(step, lane);
-    if (!q.inside || o >= op.s.rows) return 0.0f;
+    const int32_t unit = depth.unit(step, lane);
+    if (!p.inside || unit >= depth.units) return 0.0f;
     const Point tap = point_of(op.s.kernel, depth.tap(step, lane));
-    float sum = 0.0f;
-    for (int32_t wrap = 0; wrap < wraps_of(op.s); ++wrap) {
-      const int32_t position = output_of(op.s, q.input, tap, wrap_of(op.s, wrap));
-      if (position >= 0) sum += output.at(o, position);
-    }
-    return sum;
+    return read.seen<kAdjoint>(op.s, unit, p.from, tap);
   }
 };
 
