@@ -157,41 +157,15 @@ def operator_product(
         adjoint = tl.load(row + TRANSPOSED) != 0
     squares += tl.load(item + 6)
     inverse = inverse_of(norm)
-    shape = tl.load(item + 7)
-    # In float32 all of a step's operands pass through registers.
-    DEPTH: tl.constexpr = 16 if PRECISION == "ieee" else 32
     if adjoint:
-        if shape == FLAT_SHAPE:
-            product_tile(
-                row, tensors, visits, item, source, inverse, target, squares, workspace, True,
-                PRECISION, HIGH, NARROW, DEPTH,
-            )  # fmt: skip
-        elif shape == THIN_SHAPE:
-            product_tile(
-                row, tensors, visits, item, source, inverse, target, squares, workspace, True,
-                PRECISION, LOW, WIDE, 16,
-            )  # fmt: skip
-        else:
-            product_tile(
-                row, tensors, visits, item, source, inverse, target, squares, workspace, True,
-                PRECISION, HIGH, WIDE, DEPTH,
-            )  # fmt: skip
+        shaped_tile(
+            row, tensors, visits, item, source, inverse, target, squares, workspace, True, PRECISION
+        )
     else:
-        if shape == FLAT_SHAPE:
-            product_tile(
-                row, tensors, visits, item, source, inverse, target, squares, workspace, False,
-                PRECISION, HIGH, NARROW, DEPTH,
-            )  # fmt: skip
-        elif shape == THIN_SHAPE:
-            product_tile(
-                row, tensors, visits, item, source, inverse, target, squares, workspace, False,
-                PRECISION, LOW, WIDE, 16,
-            )  # fmt: skip
-        else:
-            product_tile(
-                row, tensors, visits, item, source, inverse, target, squares, workspace, False,
-                PRECISION, HIGH, WIDE, DEPTH,
-            )  # fmt: skip
+        shaped_tile(
+            row, tensors, visits, item, source, inverse, target, squares, workspace, False,
+            PRECISION,
+        )  # fmt: skip
     if LAST:
         finish(
             row, tl.load(item + 6), state, saved, workspace, counters + tl.load(item), sigmas,
@@ -248,6 +222,31 @@ def keep_scaled(source, factor, target, copy, size, part, parts):
 @triton.jit
 def extents(row, FIELD: tl.constexpr):
     return whole(row, FIELD), whole(row, FIELD + 1), whole(row, FIELD + 2)
+
+
+@triton.jit
+def shaped_tile(
+    row, tensors, visits, item, source, inverse, target, squares, workspace,
+    ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # In float32 all of a step's operands pass through registers.
+    DEPTH: tl.constexpr = 16 if PRECISION == "ieee" else 32
+    shape = tl.load(item + 7)
+    if shape == FLAT_SHAPE:
+        product_tile(
+            row, tensors, visits, item, source, inverse, target, squares, workspace, ADJOINT,
+            PRECISION, HIGH, NARROW, DEPTH,
+        )  # fmt: skip
+    elif shape == THIN_SHAPE:
+        product_tile(
+            row, tensors, visits, item, source, inverse, target, squares, workspace, ADJOINT,
+            PRECISION, LOW, WIDE, 16,
+        )  # fmt: skip
+    else:
+        product_tile(
+            row, tensors, visits, item, source, inverse, target, squares, workspace, ADJOINT,
+            PRECISION, HIGH, WIDE, DEPTH,
+        )  # fmt: skip
 
 
 @triton.jit
