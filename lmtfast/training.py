@@ -306,8 +306,8 @@ class _Run:
         """The history, and the mean loss of each ``log_every`` steps."""
         if self.history:
             names = list(self.history[0])
-            rows = [names, *([row.get(n) for n in names] for row in self.history)]
-            _write_table(directory / "history.csv", rows)
+            rows = [[row.get(n) for n in names] for row in self.history]
+            _write_table(directory / "history.csv", [names, *rows])
             every = self.config.log_every
             starts = range(0, len(self.losses), every)
             parts = [self.losses[start : start + every] for start in starts]
