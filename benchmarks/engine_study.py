@@ -39,12 +39,12 @@ from benchmarks.symbol_supremum import supremum
 from lmtfast.config import TrainConfig
 from lmtfast.data import Dataset, batches, load_dataset
 from lmtfast.engines import polyphase
-from lmtfast.engines.network import CLOSED_FORM
 from lmtfast.estimation import NetworkBound
 from lmtfast.graph import Operator, Region
 from lmtfast.losses import margin_cross_entropy
 from lmtfast.models import build_model
 from lmtfast.recipes import load_recipe
+from lmtfast.table import CLOSED_FORM
 from lmtfast.training import EVALUATION_BATCH, radius_estimate
 from lmtfast.verified.region import lanczos_norm
 from lmtfast.weights import Weights, named_tensors

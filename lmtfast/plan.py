@@ -23,7 +23,7 @@ from lmtfast.graph import (
     leaf_refs,
     weight_refs,
 )
-from lmtfast.table import OperatorTable, build_table
+from lmtfast.table import CLOSED_FORM, OperatorTable, build_table
 from lmtfast.tracing import trace_model
 from lmtfast.weights import named_tensors
 
@@ -199,7 +199,7 @@ def make_plan(
     chosen = [
         choose_engine(o, engine)
         if isinstance(o, Region) and o.kind != "scale"
-        else ("closed form", "maximum of entries")
+        else (CLOSED_FORM, "maximum of entries")
         for o in graph.operators
     ]
     engines, reasons = tuple(c[0] for c in chosen), tuple(c[1] for c in chosen)

@@ -3,8 +3,9 @@
 
 A row describes one convolution or matrix as a forward stencil: ``rows x channels`` matrices per
 group and tap, read at ``stride * output + dilation * tap - padding``. A transposed convolution is
-the adjoint of such a stencil, a matrix is one with a single tap and a single position. Every other
-operator has a row of kind ``composite`` and is run by the reference backend from its region.
+the adjoint of such a stencil, a matrix is one with a single tap and a single position. A diagonal
+map is a stretch of the scale buffer. Every other operator has a row of kind ``composite`` and is
+run by the reference backend from its region.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lmtfast.graph import (
     BatchNormScale,
@@ -22,11 +24,14 @@ from lmtfast.graph import (
     Linear,
     Operator,
     Region,
+    Scale,
     WeightRef,
 )
 
-KINDS = ("composite", "stencil")
+KINDS = ("composite", "stencil", "diagonal")
 ENGINES = ("operator", "symbol", "separable")
+# Stands for an engine where the norm is the largest of some entries.
+CLOSED_FORM = "closed form"
 OPERATIONS = ("constant", "sigma", "mul", "add", "hypot", "max")
 AXES = 3
 SCALARS = (
@@ -165,11 +170,19 @@ class OperatorTable:
     saved_size: int
     state_size: int
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.scales, self.tape))
+
+    def __hash__(self) -> int:
+        """Computed once: a step looks its table up by it, and there are thousands of entries."""
+        return self._hash
+
     @property
     def n_buckets(self) -> int:
         return len(set(self.buckets))
 
-    @property
+    @cached_property
     def compiled(self) -> tuple[int, ...]:
         """Operators that a compiled backend runs."""
         return tuple(i for i, row in enumerate(self.rows) if row[0])
@@ -225,6 +238,23 @@ def _row(
     )  # fmt: skip
 
 
+def diagonal_of(operator: Operator) -> Scale | None:
+    """The scale of a region that is one vector of factors, else None."""
+    op = operator.primitive if isinstance(operator, Region) else None
+    if not isinstance(op, Scale) or op.ref is None:
+        return None
+    # A backend reads scales in float32, which it is only sure of where a tensor is a vector.
+    return op if 1 <= math.prod(op.broadcast) == max(op.broadcast, default=1) else None
+
+
+def _diagonal_row(op: Scale, packing: _Packing) -> tuple[int, ...]:
+    assert op.ref is not None
+    length = math.prod(op.broadcast)
+    at = packing.scale([ChannelScale(op.ref, op.inverse)], length, op.gain)
+    known = {"kind": KINDS.index("diagonal"), "row_scale": at, "rows": length}
+    return tuple(known.get(name, 0) for name in FIELDS)
+
+
 def build_table(
     operators: Sequence[Operator],
     tape: Sequence[Instruction],
@@ -244,7 +274,8 @@ def build_table(
         slots: Number of each leaf tensor.
         engines: Engine per operator.
         state_sizes: Entries of the iterate per operator.
-        compiled: Engines that the backend runs for all operators in one call.
+        compiled: Engines that the backend runs for all operators in one call, and ``closed form``
+            if it takes the norms of diagonal maps along.
     """
     packing = _Packing(slots)
     rows: list[tuple[int, ...]] = []
@@ -257,7 +288,10 @@ def build_table(
             (operator.kind, i) if stencil is None else (operator.kind, stencil)
         )
         numbers.append(seen.setdefault(key, len(seen)))
-        if stencil is None or engine not in compiled or not runs(operator, stencil):
+        diagonal = diagonal_of(operator) if CLOSED_FORM in compiled else None
+        if diagonal is not None:
+            rows.append(_diagonal_row(diagonal, packing))
+        elif stencil is None or engine not in compiled or not runs(operator, stencil):
             rows.append((0,) * len(FIELDS))
         else:
             assert isinstance(operator, Region)
@@ -269,7 +303,10 @@ def build_table(
     # Saved vectors lie behind the scales, whose number is known only now.
     column = FIELDS.index("saved_offset")
     shifted = tuple(
-        (*r[:column], r[column] + packing.scale_size, *r[column + 1 :]) if r[0] else r for r in rows
+        (*r[:column], r[column] + packing.scale_size, *r[column + 1 :])
+        if r[0] == KINDS.index("stencil")
+        else r
+        for r in rows
     )
     return OperatorTable(
         shifted, tuple(packing.scales), tuple(_instruction(step) for step in tape), tuple(numbers),

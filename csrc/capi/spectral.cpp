@@ -41,7 +41,7 @@ void require_row(const lmtfast_network* network, int64_t row, const lmtfast_tens
   require_network(network);
   lmtfast::require(num_threads >= 0, "num_threads >= 0", num_threads, "num_threads");
   lmtfast::validate(*network, tensors, n_tensors);
-  lmtfast::require(row >= 0 && row < network->n_rows && network->rows[row].kind != 0,
+  lmtfast::require(row >= 0 && row < network->n_rows && network->rows[row].kind == LMTFAST_STENCIL,
                    "a row of kind 1", row, "row");
   require_buffer(u, 1, "u");
   require_buffer(v, 1, "v");

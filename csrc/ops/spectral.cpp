@@ -133,7 +133,14 @@ void validate(const lmtfast_network& net, const lmtfast_tensor* tensors, int64_t
   require(net.scale_size >= 0 && net.scale_size <= net.saved_size, "0 <= scale_size <= saved_size",
           net.scale_size, "scale_size");
   for (int64_t i = 0; i < net.n_rows; ++i) {
-    if (net.rows[i].kind != 0) validate_row(net, tensors, n_tensors, i);
+    const lmtfast_op_row& row = net.rows[i];
+    require_in(row.kind >= LMTFAST_ELSEWHERE && row.kind <= LMTFAST_DIAGONAL, "kind 0, 1 or 2",
+               row.kind, "rows.kind", i);
+    if (row.kind == LMTFAST_STENCIL) validate_row(net, tensors, n_tensors, i);
+    if (row.kind == LMTFAST_DIAGONAL) {
+      require_in(row.rows >= 1 && row.row_scale >= 0 && row.rows <= net.scale_size - row.row_scale,
+                 "a stretch of the scale buffer", row.row_scale, "rows.row_scale", i);
+    }
   }
   for (int64_t i = 0; i < net.n_scales; ++i) {
     const lmtfast_scale_row& s = net.scales[i];

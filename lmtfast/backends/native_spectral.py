@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Spectral norms by the compiled CPU core: all operators of a network in one call.
 
-A backend that offers this exposes ``STEPS`` (the engines it runs), ``spectral_step``,
+A backend that offers this exposes ``STEPS`` (the engines it runs, ``closed form`` if it takes the
+norms of diagonal maps along), ``spectral_step``,
 ``spectral_vjp`` and ``compose``; every other operator of a plan is run by the reference.
 """
 
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from lmtfast.backends.spectral_argument import check_state, dense, tap_major, vector
 from lmtfast.errors import DtypeError, ShapeError
-from lmtfast.table import AXES, FIELDS, OperatorTable
+from lmtfast.table import AXES, CLOSED_FORM, FIELDS, KINDS, OperatorTable
 
-STEPS = frozenset({"operator", "symbol", "separable"})
+STEPS = frozenset({"operator", "symbol", "separable", CLOSED_FORM})
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 CPU = torch.device("cpu")
 
@@ -65,7 +66,9 @@ def spectral_step(
     state = state.contiguous()
     sigmas = state.new_zeros(len(table.rows))
     saved = state.new_empty(table.saved_size)
-    new_state = state.clone() if update else state.new_empty(0)
+    # What runs here is written whole.
+    alone = len(table.compiled) == len(table.rows)
+    new_state = state.clone() if update and not alone else state.new_empty(update * state.numel())
     packed(table).step(
         _described(views), state.data_ptr(), new_state.data_ptr() if update else 0,
         sigmas.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
@@ -208,9 +211,10 @@ def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sides(table: OperatorTable, row: int) -> tuple[int, int]:
     """Entries of an operator's output and input."""
-    if row not in table.compiled:
+    stencils = [i for i, fields in enumerate(table.rows) if fields[0] == KINDS.index("stencil")]
+    if row not in stencils:
         raise ShapeError(
-            f"a compiled row, one of {table.compiled}", str(row), "row",
+            f"a compiled stencil, one of {stencils}", str(row), "row",
             "run the others on the reference backend",
         )  # fmt: skip
     at = dict(zip(FIELDS, table.rows[row], strict=True))

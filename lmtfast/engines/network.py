@@ -20,11 +20,10 @@ from lmtfast.backends.reference import Leaves
 from lmtfast.composing import compose_with_jacobian
 from lmtfast.engines import get_engine, symbol
 from lmtfast.graph import Operator, Region, Shape, Slope, WeightRef, leaf_refs
+from lmtfast.table import CLOSED_FORM
 
 if TYPE_CHECKING:
     from lmtfast.plan import BoundPlan
-
-CLOSED_FORM = "closed form"
 
 
 class NetworkStep(NamedTuple):

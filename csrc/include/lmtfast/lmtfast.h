@@ -58,11 +58,19 @@ LMTFAST_API const char* lmtfast_last_error(void);
  * the matrix that takes channel c to row c of each group at the centre tap, pad_low / dilation.
  *
  * Axes run depth, rows, columns and are right-aligned: with axes = 2 the entries [1] and [2] are
- * used. Unused axes hold 1 (in, out, kernel, stride, dilation) or 0 (padding). */
+ * used. Unused axes hold 1 (in, out, kernel, stride, dilation) or 0 (padding).
+ *
+ * A diagonal map has no weight and no iterate: its norm is the largest modulus of the `rows` entries
+ * of the scale buffer from row_scale on; all other fields are zero. */
 #define LMTFAST_OP_ROW_AXES 3
 #define LMTFAST_OP_ROW_FIELDS 36
+typedef enum lmtfast_kind {
+  LMTFAST_ELSEWHERE = 0, /* not run here, all else zero */
+  LMTFAST_STENCIL = 1,
+  LMTFAST_DIAGONAL = 2 /* CPU only */
+} lmtfast_kind;
 typedef struct lmtfast_op_row {
-  int64_t kind;         /* 0: not run here, all else zero; 1: stencil */
+  int64_t kind;         /* lmtfast_kind */
   int64_t engine;       /* lmtfast_engine */
   int64_t weight_slot;  /* into the tensors of a call */
   int64_t row_scale;    /* offset in the scale buffer, groups * rows entries; -1: none */

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// All operators of a network on the CPU: scales, then one call per engine. The scale buffer and
-// its gradient are O(channels); everything heavy is in the engines.
+// All operators of a network on the CPU: scales and the diagonal maps they are, then one call per
+// engine. The scale buffer and its gradient are O(channels); everything heavy is in the engines.
 #include "ops/spectral.h"
 
 #include <cmath>
@@ -59,9 +59,38 @@ void scales_vjp(const lmtfast_network& net, const lmtfast_tensor* tensors,
 std::vector<int64_t> rows_of(const lmtfast_network& net, int64_t engine) {
   std::vector<int64_t> which;
   for (int64_t i = 0; i < net.n_rows; ++i) {
-    if (net.rows[i].kind != 0 && net.rows[i].engine == engine) which.push_back(i);
+    if (net.rows[i].kind == LMTFAST_STENCIL && net.rows[i].engine == engine) which.push_back(i);
   }
   return which;
+}
+
+// The entry of a diagonal map that is its norm: the first of the largest, or of those that are NaN.
+int64_t largest_entry(const lmtfast_op_row& row, const float* scales) {
+  int64_t best = row.row_scale;
+  for (int64_t i = best; i < row.row_scale + row.rows; ++i) {
+    const float now = std::fabs(scales[i]), before = std::fabs(scales[best]);
+    if (now > before || (now != now && before == before)) best = i;
+  }
+  return best;
+}
+
+void diagonal_step(const lmtfast_network& net, const float* scales, float* sigmas) {
+  for (int64_t i = 0; i < net.n_rows; ++i) {
+    const lmtfast_op_row& row = net.rows[i];
+    if (row.kind == LMTFAST_DIAGONAL) sigmas[i] = std::fabs(scales[largest_entry(row, scales)]);
+  }
+}
+
+// A subgradient: all of it belongs to the entry that is the norm.
+void diagonal_vjp(const lmtfast_network& net, const float* scales, const float* grad_sigmas,
+                  double* grad_scales) {
+  for (int64_t i = 0; i < net.n_rows; ++i) {
+    const lmtfast_op_row& row = net.rows[i];
+    if (row.kind != LMTFAST_DIAGONAL) continue;
+    const int64_t at = largest_entry(row, scales);
+    if (scales[at] == 0.0f) continue;
+    grad_scales[at] += static_cast<double>(scales[at] < 0.0f ? -grad_sigmas[i] : grad_sigmas[i]);
+  }
 }
 
 bool wants_scales(const lmtfast_network& net, const lmtfast_tensor* grads) {
@@ -87,6 +116,7 @@ void fill_scales(const lmtfast_network& net, const lmtfast_tensor* tensors, floa
 void spectral_step(const lmtfast_network& net, const lmtfast_tensor* tensors, const float* state,
                    float* new_state, float* sigmas, float* saved, int64_t threads) {
   fill_scales(net, tensors, saved);
+  diagonal_step(net, saved, sigmas);
   using Engine = void (*)(const SpectralStep&);
   const Engine engines[] = {operator_step, symbol_step, separable_step};
   for (int64_t engine = LMTFAST_OPERATOR; engine <= LMTFAST_SEPARABLE; ++engine) {
@@ -128,7 +158,9 @@ void spectral_vjp(const lmtfast_network& net, const lmtfast_tensor* tensors, con
                     rows_of(net, engine)};
     if (!vjp.which.empty()) engines[engine](vjp);
   }
-  if (scales) scales_vjp(net, tensors, grads, grad_scales);
+  if (!scales) return;
+  diagonal_vjp(net, saved, grad_sigmas, grad_scales.data());
+  scales_vjp(net, tensors, grads, grad_scales);
 }
 
 }  // namespace lmtfast::cpu
