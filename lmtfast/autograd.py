@@ -112,5 +112,8 @@ def spectral_norms(
             list(tensors), state, plan.fingerprint, update
         )
         return sigmas, values, iterates
+    if not torch.is_grad_enabled():
+        step = spectral_step(plan, state, tensors, update=update)
+        return step.sigmas, step.values, step.iterates
     found: tuple[Tensor, Tensor, Tensor] = SpectralNorms.apply(plan, state, update, *tensors)
     return found

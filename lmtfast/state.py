@@ -64,4 +64,4 @@ class PowerState(nn.Module):
     def advance(self, iterates: Tensor) -> None:
         """Replace all iterates in one write. Shape ``(sum(sizes),)``."""
         self.iterates.copy_(iterates)
-        self.steps += 1
+        self.steps.add_(1)

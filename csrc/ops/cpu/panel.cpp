@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "ops/cpu/panel.h"
 
-#include <algorithm>
+#include <cstring>
 
 #include "core/vector_math.h"
 
@@ -99,13 +99,13 @@ const PanelKernels& panel_kernels(Isa isa) {
 
 void write_column(const float* entries, int64_t blocks, int k, float* panel) {
   for (int64_t b = 0; b < blocks; ++b) {
-    std::copy_n(entries + b * kBlock, kBlock, panel + b * kPanelBlock + k * kBlock);
+    std::memcpy(panel + b * kPanelBlock + k * kBlock, entries + b * kBlock, kBlock * sizeof(float));
   }
 }
 
 void read_column(const float* panel, int64_t blocks, int k, float* entries) {
   for (int64_t b = 0; b < blocks; ++b) {
-    std::copy_n(panel + b * kPanelBlock + k * kBlock, kBlock, entries + b * kBlock);
+    std::memcpy(entries + b * kBlock, panel + b * kPanelBlock + k * kBlock, kBlock * sizeof(float));
   }
 }
 

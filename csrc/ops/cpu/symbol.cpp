@@ -122,11 +122,13 @@ void gather(SymbolRun& run, const SymbolPart& part, const Complex* terms, float*
     float* out = x[k / 2] + k % 2;
     read_column(sums, op.blocks, k, line.data());
     for (int64_t i = 0; i < op.width; ++i) out[2 * i] = 0.0f;
-    for (int64_t c = 0; c < channels; ++c) {
-      const float scale = op.column_scale ? op.column_scale[part.group * channels + c] : 1.0f;
-      for (int64_t t = 0; t < n_taps; ++t) {
-        out[2 * (op.spectrum.phase(t) * channels + c)] += scale * line.data()[op.at(c, t)];
-      }
+    for (int64_t t = 0; t < n_taps; ++t) {
+      const float* from = line.data() + op.at(0, t);
+      float* to = out + 2 * op.spectrum.phase(t) * channels;
+      for (int64_t c = 0; c < channels; ++c) to[2 * c] += from[c * op.channel_step];
+    }
+    for (int64_t i = 0; i < op.width && op.column_scale; ++i) {
+      out[2 * i] *= op.column_scale[part.group * channels + i % channels];
     }
   }
   const Complex& e = terms[op.centre];

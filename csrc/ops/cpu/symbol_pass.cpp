@@ -89,10 +89,12 @@ void prepare(const SymbolRun& run, SymbolPart& part) {
   std::fill(line.data() + op.columns, line.data() + op.blocks * kBlock, 0.0f);
   for (int k = 0; k < kPanelColumns; ++k) {
     const float* x = part.x + k / 2 * 2 * op.width + k % 2;
-    for (int64_t c = 0; c < channels; ++c) {
-      const float scale = op.column_scale ? op.column_scale[part.group * channels + c] : 1.0f;
-      for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
-        line.data()[op.at(c, t)] = scale * x[2 * (op.spectrum.phase(t) * channels + c)];
+    for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
+      const float* from = x + 2 * op.spectrum.phase(t) * channels;
+      float* to = line.data() + op.at(0, t);
+      for (int64_t c = 0; c < channels; ++c) to[c * op.channel_step] = from[2 * c];
+      for (int64_t c = 0; c < channels && op.column_scale; ++c) {
+        to[c * op.channel_step] *= op.column_scale[part.group * channels + c];
       }
     }
     write_column(line.data(), op.blocks, k, part.panel);
@@ -127,9 +129,7 @@ void pass(const SymbolRun& run, SymbolTile& tile) {
     const int64_t rows = std::min(height, tile.end - begin);
     const int64_t first = (part.group * op.row->rows + begin) * op.columns;
     WeightRows weights{op.weight_at(first), op.columns, rows, whole};
-    weights.next_rows = std::min(height, tile.end - begin - rows);
-    weights.next = weights.next_rows > 0 ? op.weight_at(first + rows * op.columns) : nullptr;
-    weights.adjoint_follows = tile.sums != nullptr;
+    if (begin + rows < tile.end) weights.next = op.weight_at(first + rows * op.columns);
     const WeightRows end{tail, kBlock, rows, rest > 0};
     for (int64_t r = 0; r < rows && rest > 0; ++r) {
       op.copy_weights(first + r * op.columns + whole * kBlock, rest, tail + r * kBlock);

@@ -54,8 +54,6 @@ LMTFAST_INLINE void load(const Bfloat16* from, typename Simd<lanes>::Vector& to)
 // Blocks that are summed before they join a row's total, so that a long sum keeps its digits and a
 // stretch of the panel stays in the first cache for all rows.
 constexpr int64_t kChunk = 32;
-// Rows fetched beside one register block.
-constexpr int kFetched = 3;
 
 template <class T>
 LMTFAST_INLINE void fetch([[maybe_unused]] const T* at) {
@@ -64,18 +62,19 @@ LMTFAST_INLINE void fetch([[maybe_unused]] const T* at) {
 #endif
 }
 
-// A row of weights, or the last one: a fetch behind it would only cost time.
-template <class T>
-LMTFAST_INLINE const T* row_of(const void* data, int64_t stride, int64_t rows, int64_t r) {
-  return static_cast<const T*>(data) + (r < rows ? r : rows - 1) * stride;
+// Leaves a vector where it is: the compiler would read it again for every product.
+template <class Vector>
+LMTFAST_INLINE void hold([[maybe_unused]] Vector& x) {
+#if LMTFAST_X86_CLONES && !defined(__clang__)
+  if constexpr (sizeof(Vector) > 16) asm("" : "+v"(x));
+#endif
 }
 
 // Blocks [begin, end) of `height` rows against `width` columns, added to totals[row][column][lane];
-// meanwhile the same blocks of the rows `ahead` are fetched.
+// meanwhile as many of the rows from `ahead` on are fetched; some may be past the end of memory.
 template <int lanes, class T, int height, int width>
 LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begin, int64_t end,
-                                  const float* panel, const T* const (&ahead)[kFetched],
-                                  float* totals) {
+                                  const float* panel, const T* ahead, float* totals) {
   using Vector = typename Simd<lanes>::Vector;
   Vector sum[height][width];
 #pragma GCC unroll 4
@@ -85,7 +84,7 @@ LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begi
   }
   for (int64_t b = begin; b < end; ++b) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kFetched; ++i) fetch(ahead[i] + b * kBlock);
+    for (int r = 0; r < height; ++r) fetch(ahead + r * stride + (b - begin) * kBlock);
 #pragma GCC unroll 4
     for (int s = 0; s < kBlock; s += lanes) {
       Vector w[height];
@@ -95,6 +94,7 @@ LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begi
       for (int k = 0; k < width; ++k) {
         Vector z;
         load<lanes>(panel + b * kPanelBlock + k * kBlock + s, z);
+        hold(z);
 #pragma GCC unroll 4
         for (int r = 0; r < height; ++r) sum[r][k] += w[r] * z;
       }
@@ -123,17 +123,13 @@ LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel,
     const int64_t end = begin + kChunk < weights.blocks ? begin + kChunk : weights.blocks;
     for (int k = 0; k < kPanelColumns; k += width) {
       for (int64_t r = 0; r < weights.rows;) {
-        const T* ahead[kFetched];
-        for (int i = 0; i < kFetched; ++i) {
-          // Without a next block, and so no block before this one either: the rows after these.
-          const int64_t later = r + (weights.next ? i : height + i);
-          ahead[i] = weights.next ? row_of<T>(weights.next, stride, weights.next_rows, later)
-                                  : row_of<T>(data, stride, weights.rows, later);
-          // The other part is the adjoint's.
-          if (k > 0 || (weights.next && weights.adjoint_follows && i == kFetched - 1)) {
-            ahead[i] = data + r * stride;
-          }
-        }
+        // What comes next and no more: lines that are fetched long before their use take longer.
+        const int64_t later = r + height;
+        const T* ahead = k > 0                  ? data
+                         : later < weights.rows ? data + later * stride + begin * kBlock
+                         : end < weights.blocks ? data + end * kBlock
+                         : weights.next         ? static_cast<const T*>(weights.next)
+                                                : data;
         float* total = totals + (r * kPanelColumns + k) * lanes;
         if (r + height <= weights.rows) {
           multiply_tile<lanes, T, height, width>(data + r * stride, stride, begin, end,
@@ -147,13 +143,15 @@ LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel,
       }
     }
   }
-  for (int64_t i = 0; i < weights.rows * kPanelColumns; ++i) {
-    float* total = totals + i * lanes;
-    for (int half = lanes / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) total[l] += total[l + half];
+  const int64_t sums = weights.rows * kPanelColumns;
+  for (int64_t half = lanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < sums; ++i) {
+      for (int64_t l = 0; l < half; ++l) {
+        totals[i * half + l] = totals[2 * i * half + l] + totals[(2 * i + 1) * half + l];
+      }
     }
-    images[i] += total[0];
   }
+  for (int64_t i = 0; i < sums; ++i) images[i] += totals[i];
 }
 
 // `height` vectors of the panel against all rows, `width` columns at a time.
@@ -181,16 +179,7 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
         }
       }
     }
-    // Every third row of the next block, spread over three rows of this one.
-    const T* ahead = data;
-    int turn = 0;
     for (int64_t r = 0; r < weights.rows; ++r) {
-      if (turn == 0 && weights.next && k0 == 0) {
-        ahead = row_of<T>(weights.next, weights.stride, weights.next_rows, r + kFetched - 1) +
-                vector * lanes;
-      }
-      fetch(ahead + turn * lanes);
-      turn = turn == kFetched - 1 ? 0 : turn + 1;
       Vector w[height];
 #pragma GCC unroll 4
       for (int j = 0; j < height; ++j) load<lanes>(data + r * weights.stride + j * lanes, w[j]);

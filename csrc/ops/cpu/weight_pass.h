@@ -14,16 +14,14 @@ namespace lmtfast::cpu {
 // Rows of one call.
 constexpr int kRowBlock = 24;
 
-// Weight rows, `stride` entries apart, of whole blocks. `next` is fetched into the cache meanwhile:
-// rows of the same stride that the next call reads, or null.
+// Weight rows, `stride` entries apart, of whole blocks. The first of `next`, rows of the same stride
+// that the next call reads, are fetched into the cache before the call ends; null: there are none.
 struct WeightRows {
   const void* data;
   int64_t stride;
   int64_t rows;
   int64_t blocks;
   const void* next = nullptr;
-  int64_t next_rows = 0;
-  bool adjoint_follows = false;  // multiply leaves a share of the fetching to multiply_adjoint
 };
 
 struct WeightPass {
