@@ -295,6 +295,8 @@ void Builder::plan_row(int64_t i) {
 std::vector<int64_t> Builder::build() {
   items_[kPrepare].push_back({-1, 0, 0, 0});
   for (int64_t i = 0; i < net_.n_rows; ++i) {
+    need(net_.rows[i].kind != LMTFAST_DIAGONAL, "no diagonal map", net_.rows[i].kind, "rows.kind",
+         i);
     if (net_.rows[i].kind != 0) plan_row(i);
   }
   const Circles circles = make_circles(net_, work_, rounds_);
