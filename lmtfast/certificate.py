@@ -48,8 +48,9 @@ class Certificate:
         prediction: Predicted classes, ``(N,)`` int64.
         prediction_radius: For every d with ``||d||_2 <= prediction_radius[i]``, the exact real
             function of the stored parameters gives input i plus d the class ``prediction[i]``,
-            strictly. ``(N,)`` float64, in units of the inputs; 0 claims nothing, infinity that the
-            class can never change.
+            strictly; with executed semantics, so does every execution that conforms to the
+            profile, wherever input i plus d is representable. ``(N,)`` float64, in units of the
+            inputs; 0 claims nothing, infinity that the class can never change.
         margin_lower: Lower bound on the logit gap to the closest rival, 0 where it is not positive.
         label: True classes, ``(N,)`` int64, or None.
         level: ``"rigorous"`` or ``"probabilistic"``, a :class:`~lmtfast.Level`.
@@ -67,11 +68,14 @@ class Certificate:
         program_sha256: Hash of the plan and of every traced call, constants in code included.
         network: The network as :mod:`lmtfast.check` reads it, canonical JSON. None in files of
             schema 1, which no checker can judge; then ``fingerprint`` is the program's hash.
-        logits: Enclosed logits, ``(N, K)`` float64; 0 where they are not finite. None in schema 1.
+        logits: Enclosed logits, ``(N, K)`` float64; 0 where they are not finite. With executed
+            semantics those of :func:`lmtfast.models.run`. None in schema 1.
         logit_error: Bound on the distance of each of an input's logits from the exact one,
             ``(N,)`` float64; infinite where nothing is known. None in schema 1.
         versions: Of the library, torch and numpy.
         semantics: ``"ideal"``: speaks of the exact real function, not of its execution in floats.
+            ``"executed(fp32a64)"``, ``"executed(fp64)"``: speaks of both, under that profile
+            (:mod:`lmtfast.profiles`).
         norm: ``"l2"``.
 
     Guarantee:
@@ -126,6 +130,11 @@ class Certificate:
             fixed = np.array(array, dtype=kind)
             fixed.setflags(write=False)
             object.__setattr__(self, name, fixed)
+
+    @property
+    def claim(self) -> str:
+        """Level and semantics, as the names of certified accuracies carry them."""
+        return f"{self.level.label}, {self.semantics}"
 
     # -- results -----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmtfast.level import Level
+from lmtfast.profiles import IDEAL, SEMANTICS
 
 if TYPE_CHECKING:
     from lmtfast.certificate import Certificate
@@ -216,7 +217,10 @@ def _check(found: Mapping[str, Any]) -> None:
     rules = {
         "arrays of different lengths": len({len(a) for a in arrays}) == 1,
         "a level that certifies nothing": found["level"] != "estimate",
-        "unknown semantics or norm": (found["semantics"], found["norm"]) == ("ideal", "l2"),
+        "unknown semantics or norm": found["semantics"] in SEMANTICS and found["norm"] == "l2",
+        "semantics without the calls they speak of": (
+            (found["semantics"] != IDEAL) == ("executed" in json.loads(found["network"] or "{}"))
+        ),
         "no classes": found["classes"] >= 1,
         "an input shape": bool(found["input_shape"]) and min(found["input_shape"], default=0) > 0,
         "an input range": math.isfinite(low) and math.isfinite(high) and low < high,

@@ -16,9 +16,12 @@ from lmtfast.bound import LipschitzBound
 from lmtfast.certificate import ASSUMPTIONS, HASHED, ON_CUDA, PARAMETRIZED, Certificate
 from lmtfast.composing import compose_up
 from lmtfast.errors import NotCertifiedError, StalePlanError
+from lmtfast.execution import check_autocast
+from lmtfast.execution.recursion import ExecutionError
 from lmtfast.graph import Derived
 from lmtfast.guarantee import check_method
 from lmtfast.level import Level
+from lmtfast.profiles import IDEAL, profile_of
 from lmtfast.radius import PairTable, canonical_up, radius_lower
 from lmtfast.samples import Samples, check_input_range
 from lmtfast.subject import Subject, prepare
@@ -31,6 +34,8 @@ from lmtfast.weights import named_tensors, on_host, weights_sha256
 # Enclosures computed elsewhere have other roundings, each within its own error of the truth. With
 # three times the error here, theirs with one still reaches the certified margin.
 ERROR_FACTOR = 3.0
+# The same for the error of executions: it is a small part of the margin, so this costs nothing.
+EXECUTION_MARGIN = 1.0 + 2.0**-12
 # Radii are computed for a constant this much above the stated one: a checker that rounds outward in
 # its own way then finds every radius below what the stated constant allows (heads up to 2^20 wide).
 SCALE_MARGIN = 1.0 + 2.0**-30
@@ -50,6 +55,7 @@ def certify(
     delta: float | None = None,
     draw: str = "fresh",
     device: str = "cpu",
+    semantics: str = IDEAL,
     progress: Progress | None = None,
 ) -> Certificate:
     """Certify, for every input, a radius within which no L2 perturbation changes the class.
@@ -73,6 +79,9 @@ def certify(
             One draw covers all inputs.
         draw, device: Where that draw comes from and where norms are proved, as for
             :func:`lmtfast.certified_bound`.
+        semantics: ``"ideal"``: radii speak of the exact real function. ``"executed(fp32a64)"`` and
+            ``"executed(fp64)"``: they also hold for every execution that conforms to the profile,
+            :func:`lmtfast.models.run` among them, at every representable input.
         progress: Called as ``progress(done, total)`` after every chunk; ``total`` is None for
             iterables.
 
@@ -81,18 +90,21 @@ def certify(
 
     Raises:
         NotCertifiedError: ``level="estimate"``, a call whose rounding error is unknown, a module
-            that does not compute what was traced, or arithmetic that is not IEEE 754.
+            that does not compute what was traced, or arithmetic that is not IEEE 754. With executed
+            semantics, whatever :func:`lmtfast.models.run` refuses: profiles such as TF32, active
+            autocast, weights that the profile's storage does not represent.
         TrainModeError: A module is in training mode.
         NonFiniteError: A weight or buffer holds NaN or infinity.
         UnsupportedLayerError: A part has no Lipschitz rule.
-        InputDomainError: ``input_range`` is no range, or an input lies outside it or is NaN.
+        InputDomainError: ``input_range`` is no range, or an input lies outside it, is NaN, or is
+            not representable in a profile's storage.
         ShapeError, DtypeError, ArgumentError: Data of another form.
         StalePlanError: The weights changed while certifying.
 
     Guarantee:
         As ``level`` says, for the exact real function of the stored parameters in inference form
         (``semantics="ideal"``): the rounding of the centre's logits is enclosed, that of
-        executions at other inputs is not claimed.
+        executions at other inputs is not claimed. With executed semantics it is (ADR 0020).
 
     Source:
         Tsuzuku, Sato, Sugiyama (2018), arXiv:1802.04034, Prop. 1 and 2.
@@ -115,9 +127,13 @@ def certify(
             "use the default: power iteration underestimates norms, so it certifies nothing",
         )  # fmt: skip
     low_high = check_input_range(input_range)
+    profile = profile_of(semantics)
+    if profile is not None:
+        check_autocast()
     subject = prepare(
         model, input_shape, low_high, level=asked, method=method, budget=budget, draw=draw,
         proof_device=device,
+        profile=profile,
     )  # fmt: skip
     bound = subject.bound
     operators = tuple((n, m, canonical_up(x)) for n, m, x in operator_rows(bound))
@@ -129,7 +145,11 @@ def certify(
     }
     samples = Samples(data, subject.plan.graph.input_shape, low_high, subject.classes)
     scale = scales["features" if bound.head_weight is not None else "total"]
-    columns = sample_radii(subject, samples, mul_up(scale, SCALE_MARGIN), ERROR_FACTOR, progress)
+    error = subject.execution_error([x for _, _, x in operators], low_high)
+    columns = sample_radii(
+        subject, samples, mul_up(scale, SCALE_MARGIN), ERROR_FACTOR,
+        None if error is None else error.widened(EXECUTION_MARGIN), progress=progress,
+    )  # fmt: skip
     if weights_sha256(named_tensors(model)) != subject.weights_sha256:
         raise StalePlanError(
             "weights that stay as they are", "other weights after certifying than before",
@@ -151,6 +171,7 @@ def certify(
         fingerprint=subject.fingerprint,
         versions=_versions(),
         assumptions=assumptions(subject),
+        semantics=semantics,
         program_sha256=subject.program_sha256,
         network=subject.description.text,
     )
@@ -161,9 +182,15 @@ def sample_radii(
     samples: Samples,
     scale: float | None,
     error_factor: float,
+    execution_error: ExecutionError | None = None,
+    *,
+    stated: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Prediction, radius, margin, logits and label of every sample."""
+    """Prediction, radius, margin, logits and label of every sample.
+
+    With an ``execution_error`` the logits are those of the execution, or those ``stated``.
+    """
     pairs = PairTable(subject.bound)
     rows: list[tuple[Tensor, ...]] = []
     labels: list[Tensor] = []
@@ -172,10 +199,23 @@ def sample_radii(
         # An iterable runs code of its own, which may have changed the rounding mode.
         ensure_arithmetic(torch.device("cpu"))
         value, error = subject.enclosure(x.to(subject.device))
-        value, largest = _stated(value.cpu(), error_factor * error.cpu())
+        value, error = value.cpu(), error_factor * error.cpu()
+        if execution_error is not None:
+            assert subject.execution is not None
+            subject.execution.check_inputs(x)
+            stored = subject.execution(x.to(subject.device)).to(torch.float64).cpu()
+            if stated is not None and len(part := stated[done : done + len(x)]) == len(x):
+                # Any logits that conform will do: elsewhere sums have another order.
+                given = torch.from_numpy(np.array(part))
+                conforms = (given - stored).abs() <= 2.0 * execution_error.whole.constant
+                stored = torch.where(conforms.all(1, keepdim=True), given, stored)
+            value, error = stored, _sum_up((stored - value).abs(), error)
+        value, largest = _stated(value, error)
         errors = largest[:, None].expand_as(value)
         with on_host():
-            found = radius_lower(value, errors, subject.bound, scale=scale, pairs=pairs)
+            found = radius_lower(
+                value, errors, subject.bound, scale=scale, pairs=pairs, execution=execution_error
+            )
         stored = value.masked_fill(largest.isinf()[:, None], 0.0)
         rows.append((*found, stored, largest))
         if y is not None:
@@ -198,6 +238,12 @@ def sample_radii(
     }
 
 
+def _sum_up(a: Tensor, b: Tensor) -> Tensor:
+    """A sum of nonnegative terms rounded up, the first one a rounded difference."""
+    up = torch.full((), math.inf).double()
+    return torch.nextafter(torch.nextafter(a, up) + b, up)
+
+
 def _stated(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and one error per input; infinite where an entry is not known."""
     known = (value.isfinite() & error.isfinite() & (error >= 0)).all(1)
@@ -208,9 +254,10 @@ def assumptions(subject: Subject) -> tuple[str, ...]:
     """What the radii rest on."""
     parametrized = any(isinstance(ref, Derived) for ref in subject.enclosure.references)
     hashed = METHOD_OF["hash"] in subject.bound.methods.values()
+    profile = None if subject.execution is None else subject.execution.profile.assumption
     conditions = ((parametrized, PARAMETRIZED), (hashed, HASHED),
-                  (subject.proof_device == "cuda", ON_CUDA))  # fmt: skip
-    return (*ASSUMPTIONS, *(text for holds, text in conditions if holds))
+                  (subject.proof_device == "cuda", ON_CUDA), (profile, profile))  # fmt: skip
+    return (*ASSUMPTIONS, *(text for holds, text in conditions if holds and text))
 
 
 def head_sha256(bound: LipschitzBound) -> str:

@@ -39,6 +39,13 @@ class Level(str, Enum):
     rigorous = "rigorous"
 
 
+class Semantics(str, Enum):
+    """What a certificate speaks of."""
+
+    ideal = "ideal"
+    executed = "executed"
+
+
 class CertifiedLevel(str, Enum):
     """Strengths a certificate may have."""
 
@@ -172,6 +179,20 @@ def certify(
     out: Annotated[Path, typer.Option(help="Certificate file.")] = Path("certificate.npz"),
     plot: Annotated[Path | None, typer.Option(help="Also draw the curve to this file.")] = None,
     level: Annotated[CertifiedLevel, typer.Option()] = CertifiedLevel.rigorous,
+    semantics: Annotated[
+        Semantics,
+        typer.Option(
+            help="`ideal` speaks of the exact real function; `executed` also of its execution "
+            "under --profile."
+        ),
+    ] = Semantics.ideal,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="How the network is executed: `fp32a64` (float32 storage, every call in float64) "
+            "or `fp64`."
+        ),
+    ] = None,
     method: MethodOption = "auto",
     budget: BudgetOption = 120.0,
     memory: MemoryOption = 4.0,
@@ -223,6 +244,8 @@ def certify(
     1.58`
 
     `lmtfast certify runs/digits --out digits.npz --plot curve.png --attack`
+
+    `lmtfast certify runs/digits --out digits.npz --semantics executed --profile fp32a64`
     """
     from lmtfast.adversaries import choose
     from lmtfast.attacking import attack as run_attack
@@ -240,6 +263,7 @@ def certify(
         raise ArgumentError(
             "--attack", "options for attacks without it", "lmtfast certify", "add --attack"
         )
+    claimed = _semantics(semantics, profile)
     saved = load_checkpoint(checkpoint, allow_previous=allow_previous)
     dataset = _dataset(data or saved.config.data, saved.config.input_range)
     model = saved.model(import_model=import_model)
@@ -253,6 +277,7 @@ def certify(
             level=level.value,
             method=method,
             budget=Budget(budget, memory * 2**30),
+            semantics=claimed,
             progress=report,
         )
     with writing(out.parent):
@@ -270,7 +295,7 @@ def certify(
         _check(attacked, out)
     certificate.save(out)
     if weights is not None:
-        save_weights(model, weights, input_shape=saved.input_shape)
+        save_weights(model, weights, input_shape=saved.input_shape, semantics=claimed)
     radii = tuple(radius) if radius else saved.config.certify_radii
     console.print(certificate_table({saved.config.method: certificate}, radii, title=dataset.name))
     if plot is not None:
@@ -440,6 +465,18 @@ def _check(report: AttackReport, out: Path) -> None:
         console.print(f"[red]ViolationError[/red]: {error}", soft_wrap=True)
         console.print(f"The points: {points}. No certificate was written.", soft_wrap=True)
         raise typer.Exit(EXIT_VERIFICATION_FAILED) from None
+
+
+def _semantics(semantics: Semantics, profile: str | None) -> str:
+    """The text a certificate carries; ``executed`` without a profile is fp32a64's."""
+    from lmtfast.profiles import IDEAL, get_profile
+
+    if semantics is Semantics.ideal and profile is not None:
+        raise ArgumentError(
+            "--profile with --semantics executed", "a profile without it", "lmtfast certify",
+            "add --semantics executed",
+        )  # fmt: skip
+    return IDEAL if semantics is Semantics.ideal else get_profile(profile or "fp32a64").semantics
 
 
 def _use_working_directory() -> None:

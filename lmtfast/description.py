@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lmtfast.certificate_file import canonical_json
+from lmtfast.execution import Execution
+from lmtfast.execution.steps import ExecutedProgram, executed_program
 from lmtfast.files import write_atomically
 from lmtfast.graph import (
     INPUT,
@@ -29,6 +31,7 @@ from lmtfast.graph import (
     BoundGraph,
     Call,
     ChannelScale,
+    ConstantRef,
     Conv,
     Copy,
     Derived,
@@ -44,12 +47,14 @@ from lmtfast.graph import (
     Slope,
     WeightRef,
 )  # fmt: skip
+from lmtfast.profiles import IDEAL, profile_of
 from lmtfast.rules.copying import execute
 from lmtfast.tracing import trace_model
 from lmtfast.weights import Weights, named_tensors
 
 # Copies of more pieces have no description.
 MAX_RUNS = 1 << 14
+WEIGHT_REFS = (ParameterRef, ConstantRef, BatchNormScale, Derived)
 Json = dict[str, Any]
 
 
@@ -104,6 +109,16 @@ class _Writer:
 
     def scales(self, scales: tuple[ChannelScale, ...]) -> list[Json]:
         return [{"inverse": s.inverse, "ref": self.ref(s.ref)} for s in scales]
+
+    def detail(self, item: Any) -> Any:
+        """Any detail of a step as JSON."""
+        if isinstance(item, ChannelScale):
+            return self.scales((item,))[0]
+        if isinstance(item, WEIGHT_REFS):
+            return self.ref(item)
+        if isinstance(item, (list, tuple)):
+            return [self.detail(i) for i in item]
+        return item.hex() if isinstance(item, float) else item
 
     # -- operators ---------------------------------------------------------------------------------
 
@@ -280,12 +295,26 @@ def _instruction(step: Instruction) -> list[Any]:
     return [step.op, *args]
 
 
-def describe(graph: BoundGraph, tensors: Mapping[str, Tensor]) -> NetworkDescription:
-    """The description of a traced network with these parameters and buffers."""
+def describe(
+    graph: BoundGraph, tensors: Mapping[str, Tensor], executed: ExecutedProgram | None = None
+) -> NetworkDescription:
+    """The description of a traced network with these parameters and buffers, and of the calls it
+    executes where a certificate speaks of an execution."""
     weights = Weights({n: t.detach().cpu() for n, t in tensors.items()}, dtype=torch.float64)
     with torch.no_grad():
         writer = _Writer(weights)
         operators = [writer.operator(o) for o in graph.operators]
+        calls = {}
+        if executed is not None:
+            steps = [
+                {
+                    "inputs": list(s.inputs),
+                    "op": s.op,
+                    **{k: writer.detail(v) for k, v in s.details.items()},
+                }
+                for s in executed.steps
+            ]
+            calls["executed"] = {"head": executed.head, "steps": steps}
     head = graph.head
     if head is not None:
         last = graph.operators[head]
@@ -296,7 +325,7 @@ def describe(graph: BoundGraph, tensors: Mapping[str, Tensor]) -> NetworkDescrip
     }
     text = canonical_json(
         {
-            "features": graph.features, "head": head, "input": list(graph.input_shape),
+            **calls, "features": graph.features, "head": head, "input": list(graph.input_shape),
             "operators": operators, "tape": [_instruction(s) for s in graph.tape],
             "total": graph.total,
             "weights": {n: [list(shape), digest] for n, (shape, digest) in shapes.items()},
@@ -305,13 +334,20 @@ def describe(graph: BoundGraph, tensors: Mapping[str, Tensor]) -> NetworkDescrip
     return NetworkDescription(text, writer.arrays)
 
 
-def save_weights(model: nn.Module, path: str | Path, *, input_shape: Sequence[int]) -> Path:
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_shape: Sequence[int],
+    semantics: str = IDEAL,
+) -> Path:
     """Write the arrays that :mod:`lmtfast.check` reads beside a certificate, as ``.npz``.
 
     Args:
         model: The certified network, in eval mode.
         path: File to write.
         input_shape: Shape of one input, as for :func:`lmtfast.certify`.
+        semantics: As for :func:`lmtfast.certify`; what is executed has more arrays.
 
     Returns:
         The path. A checkpoint serves as well, unless the network computes weights from parameters
@@ -325,5 +361,6 @@ def save_weights(model: nn.Module, path: str | Path, *, input_shape: Sequence[in
         >>> save_weights(torch.nn.Linear(2, 2).eval(), "w.npz", input_shape=(2,))  # doctest: +SKIP
         PosixPath('w.npz')
     """
-    graph = trace_model(model, input_shape).graph
-    return describe(graph, named_tensors(model)).save(path)
+    traced, profile = trace_model(model, input_shape), profile_of(semantics)
+    calls = None if profile is None else executed_program(Execution(model, traced, profile))
+    return describe(traced.graph, named_tensors(model), calls).save(path)

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lmtfast.bound import LipschitzBound
+from lmtfast.composing import SQRT2_UP
 from lmtfast.errors import ArgumentError, NotCertifiedError, ShapeError
-from lmtfast.verified.rounding import mul_up
+from lmtfast.verified.rounding import add_up, mul_up
+
+if TYPE_CHECKING:
+    from lmtfast.execution.recursion import ExecutionError
 
 # Bounds are stored with 24 significant bits, after a margin for machines that sum in another order:
 # a bound proved elsewhere for the same weights is then below the stored one.
@@ -57,6 +62,7 @@ def radius_lower(
     *,
     scale: float | None = None,
     pairs: PairTable | None = None,
+    execution: ExecutionError | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Prediction, certified radius and smallest margin of every sample.
 
@@ -70,6 +76,9 @@ def radius_lower(
         scale: Upper bound on the Lipschitz constant to use instead of the bound's own (of the
             features where there is a head, of the logits elsewhere).
         pairs: Table of pair norms to share between calls.
+        execution: What separates executions under a profile from the exact function. The radius
+            then holds for them: ``r * (reach + growth) + error < m_j``, error and growth of the
+            difference of two logits, and nothing overflows.
 
     Returns:
         ``(prediction, radius, margin_lower)``: ``(N,)`` int64 and twice ``(N,)`` float64, on the
@@ -125,7 +134,8 @@ def radius_lower(
     prediction = value.argmax(1) if n else torch.zeros(0, dtype=torch.int64)
     if n == 0 or classes == 1:
         everywhere = torch.where(known, math.inf, 0.0).double()
-        return prediction, everywhere, everywhere.clone()
+        held = math.inf if execution is None else execution.largest_radius
+        return prediction, everywhere.clamp_max(held), everywhere
     up, down = torch.full((), math.inf).double(), torch.full((), -math.inf).double()
     # Each float operation errs by at most half a step, so one step outward ends on the safe side;
     # the last step of the quotient makes r * reach < margin strict.
@@ -133,16 +143,34 @@ def radius_lower(
     highest = torch.nextafter(value + error, up)
     margin = torch.nextafter(lowest.gather(1, prediction[:, None]) - highest, down)
     pair = (PairTable(bound) if pairs is None else pairs).rows(prediction)
-    reach = torch.nextafter(lipschitz * pair, up)
-    quotient = torch.nextafter(margin / reach, down).clamp_min(0.0)
+    if execution is None:
+        reach, room = torch.nextafter(lipschitz * pair, up), margin
+    else:
+        # e_c - e_j is at most ||w_c - w_j|| times the features' error, and sqrt(2) times the rest.
+        slope = add_up(lipschitz, execution.features.slope)
+        reach = _sum_up(slope * pair, mul_up(SQRT2_UP, execution.logits.slope))
+        moved = _sum_up(
+            execution.features.constant * pair, mul_up(SQRT2_UP, execution.logits.constant)
+        )
+        room = torch.nextafter(margin - moved, down)
+    quotient = torch.nextafter(room / reach, down).clamp_min(0.0)
     # Exactly 0: identical rows, or a constant network. The margin then never changes.
     never = (pair == 0.0) | (lipschitz == 0.0)
-    quotient = torch.where(never, math.inf, quotient)
-    quotient = torch.where(margin > 0, quotient, 0.0)  # a NaN margin fails the comparison
+    if execution is None:
+        quotient = torch.where(never, math.inf, quotient)
+    quotient = torch.where(room > 0, quotient, 0.0)  # a NaN margin fails the comparison
     own_column = prediction[:, None]
     radius = quotient.scatter(1, own_column, math.inf).amin(1)
+    if execution is not None:
+        radius = radius.clamp_max(execution.largest_radius)
     margin_lower = margin.scatter(1, own_column, math.inf).amin(1)
     zero = torch.zeros_like(radius)
     radius = torch.where(known & radius.isnan().logical_not(), radius, zero)
     margin_lower = torch.where(known & (margin_lower > 0), margin_lower, zero)
     return prediction, torch.where(margin_lower > 0, radius, zero), margin_lower
+
+
+def _sum_up(product: Tensor, constant: float) -> Tensor:
+    """A sum rounded up whose first term is a product just computed, itself rounded up first."""
+    up = torch.full((), math.inf).double()
+    return torch.nextafter(torch.nextafter(product, up) + constant, up)

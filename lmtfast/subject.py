@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,19 @@ from torch import Tensor, nn
 
 from lmtfast.bound import LipschitzBound
 from lmtfast.certificate_file import fingerprint
+from lmtfast.composing import compose_up
 from lmtfast.description import NetworkDescription, describe
 from lmtfast.enclosure import LogitEnclosure
 from lmtfast.errors import NotCertifiedError, ShapeError
+from lmtfast.execution import Execution
+from lmtfast.execution.recursion import ExecutionError, execution_error
+from lmtfast.execution.steps import executed_program
 from lmtfast.exporting import ASSERTIONS
 from lmtfast.graph import Conv, Region
 from lmtfast.guarantee import check_certifiable, plan_bound
 from lmtfast.level import Level
 from lmtfast.plan import BoundPlan, make_plan
+from lmtfast.profiles import Profile
 from lmtfast.tracing import TracedModel, trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
 from lmtfast.verified.budget import Budget
@@ -51,6 +57,21 @@ class Subject:
     chunk: int
     classes: int
     proof_device: str
+    execution: Execution | None = None
+
+    def execution_error(
+        self, norms: Sequence[float], input_range: tuple[float, float]
+    ) -> ExecutionError | None:
+        """How far the execution can be from the exact function, from norms of the operators; None
+        where the certificate does not speak of one."""
+        if self.execution is None:
+            return None
+        graph = self.plan.graph
+        return execution_error(
+            json.loads(self.description.text)["executed"], self.description.arrays,
+            compose_up(graph.tape, norms), self.execution.profile,
+            entries=math.prod(graph.input_shape), input_range=input_range,
+        )  # fmt: skip
 
 
 def prepare(
@@ -64,9 +85,10 @@ def prepare(
     draw: str = "fresh",
     proof_device: str = "cpu",
     proofs: Mapping[str, str] | None = None,
+    profile: Profile | None = None,
 ) -> Subject:
     """Trace, check and bound a model; the bound is computed once. ``proofs`` as for
-    :func:`lmtfast.guarantee.plan_bound`."""
+    :func:`lmtfast.guarantee.plan_bound`; with ``profile``, its execution is prepared as well."""
     check_certifiable(model)
     device = next((t.device for t in named_tensors(model).values()), torch.device("cpu"))
     ensure_arithmetic(torch.device("cpu"))
@@ -85,6 +107,8 @@ def prepare(
             type(model).__name__, "flatten the output, or certify the classifier on top of it",
         )  # fmt: skip
     compare(model, traced, input_range)
+    execution = None if profile is None else Execution(model, traced, profile, tensors)
+    calls = None if execution is None else executed_program(execution)
     plan = make_plan(model, traced.graph, engine="operator", backend="reference")
     bound = plan_bound(
         plan, model, level=level, method=method, budget=budget, draw=draw,
@@ -92,11 +116,11 @@ def prepare(
     )  # fmt: skip
     norms = {n: float(v) for n, v in bound.per_operator.items()}
     enclosure = LogitEnclosure(model, traced, norms=norms, tensors=tensors)
-    program, description = program_sha256(plan, traced), describe(plan.graph, tensors)
+    program, description = program_sha256(plan, traced), describe(plan.graph, tensors, calls)
     return Subject(
         plan, fingerprint(program, description.text, digest), program, description, bound,
         enclosure, digest, device, chunk_size(traced), output[0],
-        torch.device(proof_device).type,
+        torch.device(proof_device).type, execution,
     )  # fmt: skip
 
 

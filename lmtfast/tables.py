@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from lmtfast.errors import ArgumentError
 
@@ -39,13 +40,14 @@ def certificate_table(
     """One column per certificate: accuracy, certified accuracy at each radius, median radius.
 
     Raises:
-        ArgumentError: The certificates are of different levels.
+        ArgumentError: The certificates are of different levels or semantics.
     """
     several = list(certificates.values())
-    if len(found := {c.level for c in several}) > 1:
+    claims = sorted({c.claim for c in several})
+    if len(claims) > 1:
         raise ArgumentError(
-            "certificates of one level", ", ".join(sorted(found)), "certificate_table",
-            "certify at the same level what is to be compared",
+            "certificates of one level and semantics", "; ".join(claims), "certificate_table",
+            "certify alike what is to be compared",
         )  # fmt: skip
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("training")
@@ -55,11 +57,14 @@ def certificate_table(
     table.add_row("correct, %", *(_percent(float(np.mean(c.correct))) for c in several))
     for radius in radii:
         shares = (_percent(c.certified_accuracy(radius)) for c in several)
-        table.add_row(f"certified at {radius:g}, %", *shares)
+        # Not markup: the brackets belong to the name.
+        table.add_row(Text(f"CRA@{radius:g}[{claims[0]}], %"), *shares)
     table.add_row("median certified radius", *(f"{c.median_radius:.4f}" for c in several))
     table.add_row("Lipschitz constant", *(f"{c.total:.4g}" for c in several))
-    table.add_row("level", *(c.level.label for c in several))
-    table.caption = "certified: correct, and no L2 change up to the radius alters the class"
+    table.caption = (
+        "CRA, certified robust accuracy: correct, and no L2 change up to the radius alters the "
+        "class"
+    )
     return table
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from lmtfast.certificate import Certificate
 from lmtfast.certification import assumptions, head_sha256, operator_rows, sample_radii
 from lmtfast.guarantee import check_certifiable
+from lmtfast.profiles import profile_of
 from lmtfast.samples import Samples
 from lmtfast.subject import prepare
 from lmtfast.verified.drawn import METHOD_OF
@@ -52,6 +53,7 @@ def verify_certificate(certificate: Certificate, model: nn.Module, data: Any = N
         model, certificate.input_shape, certificate.input_range,
         level=certificate.level, method=certificate.requested_method,
         draw="hash" if METHOD_OF["hash"] in proofs.values() else "fresh", proofs=proofs,
+        profile=profile_of(certificate.semantics),
     )  # fmt: skip
     findings: list[str] = []
     described = certificate.network is not None
@@ -63,13 +65,16 @@ def verify_certificate(certificate: Certificate, model: nn.Module, data: Any = N
     findings += _bound_findings(certificate, subject.bound)
     if missing := sorted(set(assumptions(subject)) - set(certificate.assumptions)):
         findings.append(f"assumptions that the certificate does not state: {missing}")
-    if (certificate.semantics, certificate.norm) != ("ideal", "l2"):
-        findings.append(f"{certificate.semantics!r} semantics in {certificate.norm!r}, not shown")
+    if certificate.norm != "l2":
+        findings.append(f"a radius in {certificate.norm!r}, not shown")
     if data is not None:
         samples = Samples(
             data, certificate.input_shape, certificate.input_range, certificate.classes
         )
-        findings += _sample_findings(certificate, sample_radii(subject, samples, None, 1.0))
+        norms = [norm for _, _, norm in operator_rows(subject.bound)]
+        error = subject.execution_error(norms, certificate.input_range)
+        fresh = sample_radii(subject, samples, None, 1.0, error, stated=certificate.logits)
+        findings += _sample_findings(certificate, fresh)
     return findings
 
 

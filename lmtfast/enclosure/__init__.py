@@ -2,6 +2,7 @@
 """Enclosures of logits: float64 values with rigorous bounds on every rounding behind them."""
 
 from lmtfast.enclosure import elementwise, joining, linear
+from lmtfast.enclosure.interpreter import ProgramInterpreter, Recorder
 from lmtfast.enclosure.logits import LogitEnclosure, enclose
 from lmtfast.enclosure.registry import ERROR_RULES, Enclosed, ErrorCall, error_rule
 
@@ -10,6 +11,8 @@ __all__ = [
     "Enclosed",
     "ErrorCall",
     "LogitEnclosure",
+    "ProgramInterpreter",
+    "Recorder",
     "elementwise",
     "enclose",
     "error_rule",

@@ -9,12 +9,13 @@ in its high-accuracy mode (1 ulp), the C library or CUDA (2 ulp).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmtfast.enclosure.joining import EXTREMA
 from lmtfast.enclosure.registry import Enclosed, ErrorCall, error_rule, rounded
 
 # Roundings of a composite formula: one function of 4 ulp, its argument's and three operations.
@@ -25,58 +26,85 @@ GATED = 32.0
 # Beyond this argument the reduction of sin and cos is not relied on.
 LARGE_ANGLE = 2.0**20
 
-Accuracy = Callable[[ErrorCall, Tensor, Tensor], Tensor]
 
+@dataclass(frozen=True)
+class Accuracy:
+    """Own rounding of a function in float64: at most this many units, of 2^-53, of its value's
+    size, of its argument's and of an absolute size, twice over as in :func:`rounded`."""
 
-def _exact(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
-    return torch.zeros_like(y)
+    value: float = 0.0
+    argument: float = 0.0
+    absolute: float = 0.0
 
+    def bound(self, x: Tensor, y: Tensor) -> Tensor:
+        parts = ((y, self.value), (x, self.argument), (torch.ones_like(y), self.absolute))
+        found = [rounded(size, units) for size, units in parts if units]
+        return sum(found[1:], found[0]) if found else torch.zeros_like(y)
 
-def _relative(ulps: float) -> Accuracy:
-    return lambda call, x, y: rounded(y, ulps)
-
-
-def _gated(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
-    return rounded(x, GATED)
-
-
-def _angle(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(x.abs() > LARGE_ANGLE, 2.0, rounded(y, FEW))
-
-
-def _hardsigmoid(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
-    # clamp(x + 3, 0, 6) / 6: the sum is at most 6 where it is not clamped.
-    return rounded(torch.ones_like(y), FEW)
-
-
-def _exponential(call: ErrorCall, x: Tensor, y: Tensor) -> Tensor:
-    # scale * alpha * expm1(input_scale * x): a factor of at most 1 for negative arguments.
-    size = abs(float(call.get("alpha", 2.0)) * float(call.get("scale", 1.0)))
-    if not float(call.get("input_scale", 1.0)) > 0:
-        raise call.refused(f"input_scale={call.get('input_scale')}")
-    return rounded(y, FEW) + rounded(torch.full_like(y, size), FEW)
+    @property
+    def exact(self) -> bool:
+        return self == Accuracy()
 
 
 ACCURACY: dict[str, Accuracy] = {
-    "aten.relu.default": _exact, "aten.relu6.default": _exact, "aten.hardtanh.default": _exact,
-    "aten.abs.default": _exact, "aten.clamp.default": _exact, "aten.clamp_min.default": _exact,
-    "aten.clamp_max.default": _exact,
-    "aten.tanh.default": _relative(FEW), "aten.sigmoid.default": _relative(FEW),
-    "aten.atan.default": _relative(FEW), "aten.erf.default": _relative(FEW),
-    "aten.log_sigmoid.default": _relative(2 * FEW),
-    "aten.sin.default": _angle, "aten.cos.default": _angle,
-    "aten.leaky_relu.default": _relative(2.0),
-    "aten.hardsigmoid.default": _hardsigmoid, "aten.hardswish.default": _gated,
-    "aten.silu.default": _gated, "aten.mish.default": _gated, "aten.gelu.default": _gated,
-    "aten.elu.default": _exponential, "aten.selu.default": _exponential,
-    "aten.celu.default": _exponential,
+    "aten.relu.default": Accuracy(), "aten.relu6.default": Accuracy(),
+    "aten.hardtanh.default": Accuracy(), "aten.abs.default": Accuracy(),
+    "aten.clamp.default": Accuracy(), "aten.clamp_min.default": Accuracy(),
+    "aten.clamp_max.default": Accuracy(),
+    "aten.tanh.default": Accuracy(FEW), "aten.sigmoid.default": Accuracy(FEW),
+    "aten.atan.default": Accuracy(FEW), "aten.erf.default": Accuracy(FEW),
+    "aten.log_sigmoid.default": Accuracy(2 * FEW),
+    # A value is at most 1, so an argument beyond LARGE_ANGLE pays for any error there.
+    "aten.sin.default": Accuracy(FEW, 2.0**53 / LARGE_ANGLE),
+    "aten.cos.default": Accuracy(FEW, 2.0**53 / LARGE_ANGLE),
+    "aten.leaky_relu.default": Accuracy(2.0),
+    # clamp(x + 3, 0, 6) / 6: the sum is at most 6 where it is not clamped.
+    "aten.hardsigmoid.default": Accuracy(absolute=FEW),
+    "aten.hardswish.default": Accuracy(argument=GATED),
+    "aten.silu.default": Accuracy(argument=GATED), "aten.mish.default": Accuracy(argument=GATED),
+    "aten.gelu.default": Accuracy(argument=GATED),
+    "aten.elu.default": Accuracy(FEW), "aten.selu.default": Accuracy(FEW),
+    "aten.celu.default": Accuracy(FEW),
+    "aten.softplus.default": Accuracy(FEW), "aten.prelu.default": Accuracy(1.0),
+    "aten._prelu_kernel.default": Accuracy(1.0),
 }  # fmt: skip
+SELECTIONS = (
+    "aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default",
+    "aten.max_pool2d_with_indices.default", "aten.max_pool3d_with_indices.default",
+    "aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default",
+    "aten.adaptive_max_pool3d.default",
+    "aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim",
+    "aten.sort.default", "aten.sort.stable", "aten.topk.default",
+)  # fmt: skip
+EXPONENTIALS = ("aten.elu.default", "aten.selu.default", "aten.celu.default")
 
 
-@error_rule(*ACCURACY)
+def accuracy(call: ErrorCall) -> Accuracy:
+    """The call's own rounding; selections have none."""
+    if call.target in SELECTIONS or call.target in EXTREMA:
+        return Accuracy()
+    if call.target not in ACCURACY:
+        raise call.refused("its accuracy is not known")
+    found = ACCURACY[call.target]
+    if call.target == "aten.softplus.default":
+        return replace(found, absolute=FEW / float(call["beta"]))
+    if call.target not in EXPONENTIALS:
+        return found
+    # scale * alpha * expm1(input_scale * x): a factor of at most 1 for negative arguments.
+    if not float(call.get("input_scale", 1.0)) > 0:
+        raise call.refused(f"input_scale={call.get('input_scale')}")
+    size = abs(float(call.get("alpha", 2.0)) * float(call.get("scale", 1.0)))
+    return replace(found, absolute=FEW * size)
+
+
+@error_rule(*(t for t in ACCURACY if "softplus" not in t and "prelu" not in t))
 def elementwise(call: ErrorCall) -> Enclosed:
     value = call.run()
-    return call.nonlinear(value, ACCURACY[call.target](call, call.source.value, value))
+    own = accuracy(call).bound(call.source.value, value)
+    if call.target in ("aten.sin.default", "aten.cos.default"):
+        small = call.source.value.abs() <= LARGE_ANGLE
+        own = torch.where(small, rounded(value, FEW), 2.0)
+    return call.nonlinear(value, own)
 
 
 @error_rule("aten.softplus.default")
@@ -85,15 +113,14 @@ def softplus(call: ErrorCall) -> Enclosed:
     x, beta = call.source.value, float(call["beta"])
     positive = x.clamp_min(0.0)
     value = positive + torch.log1p(torch.exp(-(beta * x).abs())) / beta
-    own = rounded(value, FEW) + rounded(torch.full_like(x, 1.0 / beta), FEW)
-    return call.nonlinear(value, own)
+    return call.nonlinear(value, accuracy(call).bound(x, value))
 
 
 @error_rule("aten.prelu.default", "aten._prelu_kernel.default")
 def prelu(call: ErrorCall) -> Enclosed:
     value = call.run()
     call.constant = max(1.0, float(call["weight"].abs().max()))
-    return call.nonlinear(value, rounded(value))
+    return call.nonlinear(value, accuracy(call).bound(call.source.value, value))
 
 
 # -- selections: every output is one input, chosen by value
@@ -104,15 +131,7 @@ def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result
 
 
-MAX_POOLS = (
-    "aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default",
-    "aten.max_pool2d_with_indices.default", "aten.max_pool3d_with_indices.default",
-    "aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default",
-    "aten.adaptive_max_pool3d.default",
-)  # fmt: skip
-
-
-@error_rule(*MAX_POOLS)
+@error_rule(*(t for t in SELECTIONS if "max_pool" in t))
 def max_pool(call: ErrorCall) -> Any:
     result = call.run()
     value = _first(result)

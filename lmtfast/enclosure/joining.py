@@ -23,10 +23,17 @@ def _value(item: Any) -> Any:
     return item.value if isinstance(item, Enclosed) else item
 
 
-@error_rule(
+SUMS = (
     "aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar",
     "aten.rsub.Tensor", "aten.rsub.Scalar",
 )  # fmt: skip
+CONCATENATIONS = ("aten.cat.default", "aten.concat.default", "aten.stack.default")
+EXTREMA = (
+    "aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other",
+)  # fmt: skip
+
+
+@error_rule(*SUMS)
 def add(call: ErrorCall) -> Enclosed:
     alpha = abs(float(call["alpha"]))
     first, second = call["self"], call["other"]
@@ -60,7 +67,7 @@ def _same_base(call: ErrorCall, item: Enclosed) -> bool:
     return item.traced is not None and item.traced.base is call.output.base
 
 
-@error_rule("aten.cat.default", "aten.concat.default", "aten.stack.default")
+@error_rule(*CONCATENATIONS)
 def cat(call: ErrorCall) -> Enclosed:
     parts = call["tensors"]
     traced = [p for p in parts if isinstance(p, Enclosed)]
@@ -75,7 +82,7 @@ def _root_of_squares(lengths: list[Tensor]) -> Tensor:
     return lengths[0] if len(lengths) == 1 else length_up(torch.stack(lengths, 1))
 
 
-@error_rule("aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other")
+@error_rule(*EXTREMA)
 def extremum(call: ErrorCall) -> Enclosed:
     traced = [a for a in (call["self"], call["other"]) if isinstance(a, Enclosed)]
     value = call.run()

@@ -26,20 +26,32 @@ def _raised_bias(bias: Tensor | None) -> Any:
     return lambda gamma: torch.nextafter(gamma * bias.abs(), torch.full((), math.inf).to(bias))
 
 
-@error_rule(
+CONVOLUTIONS = (
     "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default",
     "aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding",
-    "aten.linear.default",
 )  # fmt: skip
+TRANSPOSED = (
+    "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input",
+)  # fmt: skip
+PRODUCTS = ("aten.mm.default", "aten.matmul.default")
+BATCH_NORMS = (
+    "aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default",
+    "aten.native_batch_norm.default", "aten.cudnn_batch_norm.default",
+)  # fmt: skip
+FACTORS = (
+    "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default",
+)  # fmt: skip
+PADS = ("aten.pad.default", "aten.constant_pad_nd.default")
+
+
+@error_rule(*CONVOLUTIONS, "aten.linear.default")
 def dense(call: ErrorCall) -> Enclosed:
     weight = call["weight"]
     count = math.prod(weight.shape[1:]) + 1
     return call.summed(count, {"weight": weight.abs(), "bias": _raised_bias(call.get("bias"))})
 
 
-@error_rule(
-    "aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"
-)
+@error_rule(*TRANSPOSED)
 def transposed(call: ErrorCall) -> Enclosed:
     weight = call["weight"]
     count = weight.shape[0] // call["groups"] * math.prod(weight.shape[2:]) + 1
@@ -54,16 +66,13 @@ def addmm(call: ErrorCall) -> Enclosed:
     return call.summed(matrix.shape[0] + 1, sizes)
 
 
-@error_rule("aten.mm.default", "aten.matmul.default")
+@error_rule(*PRODUCTS)
 def matmul(call: ErrorCall) -> Enclosed:
     key = "mat2" if call.target == "aten.mm.default" else "other"
     return call.summed(call[key].shape[0], {key: call[key].abs()})
 
 
-@error_rule(
-    "aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default",
-    "aten.native_batch_norm.default", "aten.cudnn_batch_norm.default",
-)  # fmt: skip
+@error_rule(*BATCH_NORMS)
 def batch_norm(call: ErrorCall) -> Any:
     """(x - mean) * (weight / sqrt(var + eps)) + bias, the exact formula the bound folds."""
     source = call.source
@@ -87,9 +96,7 @@ def batch_norm(call: ErrorCall) -> Any:
     return result if call.target == "aten.batch_norm.default" else (result, None, None)
 
 
-@error_rule(
-    "aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default"
-)
+@error_rule(*FACTORS)
 def scale(call: ErrorCall) -> Enclosed:
     if call.target == "aten.neg.default":
         return call.linear(call.run(), call.source.local)
@@ -146,7 +153,7 @@ def copying(call: ErrorCall) -> Any:
     return call.linear(values, errors)
 
 
-@error_rule("aten.pad.default", "aten.constant_pad_nd.default")
+@error_rule(*PADS)
 def pad(call: ErrorCall) -> Enclosed:
     # A constant border is exact.
     zero: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lmtfast.builder import Value
 from lmtfast.errors import NotCertifiedError
+from lmtfast.rules.copying import VIEWS
 from lmtfast.verified.rounding import UNDERFLOW, UNIT_ROUNDOFF, gamma_up
 
 # 1 + 32 u: covers thirty roundings of an expression with nonnegative terms.
@@ -70,6 +71,7 @@ class ErrorCall:
         constant: Lipschitz constant the rule table gave to a nonlinear call.
         region_norm: Upper bound on the norm of the linear map from a tensor's base to it; None
             where errors are carried entry by entry.
+        bounded: Whether errors are asked for; without, only values mean anything.
     """
 
     target: str
@@ -79,6 +81,7 @@ class ErrorCall:
     output: Value
     constant: float | None
     region_norm: Callable[[Value], float] | None
+    bounded: bool = True
 
     def __getitem__(self, key: str) -> Any:
         return self.arguments[key]
@@ -114,9 +117,9 @@ class ErrorCall:
         schema = self.operation._schema.arguments
         keyword = {a.name for a in schema if a.kwarg_only}
         positional = [fill(v) for k, v in arguments.items() if k not in keyword]
-        return self.operation(
-            *positional, **{k: fill(v) for k, v in arguments.items() if k in keyword}
-        )
+        # The program made memory contiguous for a view; here the strides may be others.
+        operation = torch.ops.aten.reshape.default if self.target in VIEWS else self.operation
+        return operation(*positional, **{k: fill(v) for k, v in arguments.items() if k in keyword})
 
     def carried(self, source: Enclosed) -> Tensor:
         """Length of the error that reaches the result's base from a source's base, ``(N,)``."""
@@ -153,6 +156,9 @@ class ErrorCall:
         error adds ``S(local)``. Both are one call on ``gamma |x| + local``, whose own rounding is
         the factor ``1 + 4 gamma`` (at most count + 4 roundings in the call and three around it).
         """
+        if not self.bounded:
+            value = self.run()
+            return Enclosed(value, torch.zeros_like(value), self.source.base)
         source, gamma = self.source, gamma_up(count + 4)
         if gamma > 2.0**-10:
             raise self.refused(f"a sum of {count} terms")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lmtfast.errors import ConfigError, LmtfastError
+from lmtfast.execution import run as run
 from lmtfast.models.digits import DigitsNet
 from lmtfast.models.kolter_wong import KolterWong
 from lmtfast.models.wide_resnet import WideResNet
