@@ -4,13 +4,24 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmtfast.errors import ArgumentError, CertificateError, ConfigError, ViolationError
+from lmtfast.options import (
+    BudgetOption,
+    CertifiedLevel,
+    DataOption,
+    ImportModel,
+    Level,
+    MemoryOption,
+    MethodOption,
+    ProfileOption,
+    Semantics,
+    SemanticsOption,
+)
 from lmtfast.progress import attack_progress, bound_progress, console, training_progress
 
 if TYPE_CHECKING:
@@ -29,58 +40,6 @@ app = typer.Typer(
     "Begin with `lmtfast demo`. Exit codes: 0 done, 1 a verification failed, 2 wrong usage "
     "or no way to go on.",
 )
-
-
-class Level(str, Enum):
-    """Strength of a bound."""
-
-    estimate = "estimate"
-    probabilistic = "probabilistic"
-    rigorous = "rigorous"
-
-
-class Semantics(str, Enum):
-    """What a certificate speaks of."""
-
-    ideal = "ideal"
-    executed = "executed"
-
-
-class CertifiedLevel(str, Enum):
-    """Strengths a certificate may have."""
-
-    probabilistic = "probabilistic"
-    rigorous = "rigorous"
-
-
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="`digits`, a `.npz` file (x_train, y_train, x_test, y_test), or a directory of IDX "
-        "files. Not needed where the recipe or the checkpoint names `digits`.",
-    ),
-]
-ImportModel = Annotated[
-    bool,
-    typer.Option(
-        "--import-model",
-        help="Allow the checkpoint to import a model that is not the library's own. "
-        "Only for files you trust.",
-    ),
-]
-MethodOption = Annotated[
-    str, typer.Option(help="Method of the bound; `auto` takes the tightest one it can afford.")
-]
-BudgetOption = Annotated[
-    float,
-    typer.Option(
-        "--budget", help="Nominal seconds that exact proofs may take; beyond it, looser bounds."
-    ),
-]
-MemoryOption = Annotated[
-    float, typer.Option("--memory", help="GiB that one proof may hold at once.")
-]
 
 
 @app.command()
@@ -179,20 +138,8 @@ def certify(
     out: Annotated[Path, typer.Option(help="Certificate file.")] = Path("certificate.npz"),
     plot: Annotated[Path | None, typer.Option(help="Also draw the curve to this file.")] = None,
     level: Annotated[CertifiedLevel, typer.Option()] = CertifiedLevel.rigorous,
-    semantics: Annotated[
-        Semantics,
-        typer.Option(
-            help="`ideal` speaks of the exact real function; `executed` also of its execution "
-            "under --profile."
-        ),
-    ] = Semantics.ideal,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            help="How the network is executed: `fp32a64` (float32 storage, every call in float64) "
-            "or `fp64`."
-        ),
-    ] = None,
+    semantics: SemanticsOption = Semantics.ideal,
+    profile: ProfileOption = None,
     method: MethodOption = "auto",
     budget: BudgetOption = 120.0,
     memory: MemoryOption = 4.0,

@@ -202,7 +202,7 @@ def test_certify_prints_the_radii_asked_for(workspace, tmp_path, capsys):
     words = ["certify", workspace / "run", "--data", workspace / "set.npz", "--limit", 5]
     assert run(*words, "--radius", 0.07, "--out", tmp_path / "few.npz") == 0
     out = capsys.readouterr().out
-    assert "certified at 0.07" in out
+    assert "CRA@0.07[rigorous, ideal]" in out
     assert len(load_certificate(tmp_path / "few.npz").radius) == 5
     words = ["verify", tmp_path / "few.npz", "--checkpoint", workspace / "run"]
     assert run(*words, "--data", workspace / "set.npz") == 0

@@ -85,6 +85,7 @@ LAYERS = {
     "demo": 6,
     "idx": 6,
     "models": 6,
+    "options": 6,
     "progress": 6,
     "recipes": 6,
     "tables": 6,
