@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: MIT
+"""Executed radii: no execution that conforms to the profile leaves its class inside one.
+
+Beside the library's own runs stands an execution written here, which sums in orders of its own.
+Distances are judged in rational numbers, and nothing has a tolerance. The same search breaks radii
+that speak of the exact function alone, and those of a recursion from which a term was dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mpmath import mpf
+from torch import Tensor, nn
+
+import lmtfast as lf
+from lmtfast import profiles
+from lmtfast.bound import pair_norms_up
+from lmtfast.certificate import Certificate
+from lmtfast.composing import SQRT2_UP, compose_up
+from lmtfast.description import describe
+from lmtfast.execution import Execution, recursion
+from lmtfast.execution.recursion import Affine, ExecutionError, execution_error
+from lmtfast.execution.steps import executed_program
+from lmtfast.guarantee import plan_bound
+from lmtfast.models import run
+from lmtfast.plan import make_plan
+from lmtfast.profiles import PROFILES, Profile
+from lmtfast.tracing import trace_model
+from lmtfast.weights import named_tensors
+from tests.exact_networks import NETWORKS, evaluate, exact
+from tests.soundness.executions import ORDERS, executed, keeps, margin_slope, polished, within
+
+DTYPES = {"fp32a64": torch.float32, "fp64": torch.float64}
+STORAGES: Mapping[str, Any] = {"fp32a64": np.float32, "fp64": np.float64}
+
+
+def certified(model: nn.Module, x: Tensor, semantics: str, high: float = 1.0) -> Certificate:
+    shape = tuple(x.shape[1:])
+    return lf.certify(
+        model, x, input_shape=shape, input_range=(-high, high), semantics=semantics
+    )  # fmt: skip
+
+
+def sequential(*layers: tuple[list[list[float]], list[float]], relu: bool = True) -> nn.Sequential:
+    """Linear layers with these weights and biases, ReLU between them."""
+    modules: list[nn.Module] = []
+    for weight, bias in layers:
+        layer = nn.Linear(len(weight[0]), len(weight))
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor(weight))
+            layer.bias.copy_(torch.tensor(bias))
+        modules += [layer, nn.ReLU()] if relu else [layer]
+    return nn.Sequential(*(modules[:-1] if relu else modules)).eval()
+
+
+def violations(
+    model: nn.Sequential, x: Tensor, certificate: Certificate, profile: str
+) -> list[tuple[int, str]]:
+    """Inputs whose class some execution leaves at an exact distance within the radius."""
+    dtype, storage = DTYPES[profile], STORAGES[profile]
+    wide = copy.deepcopy(model).double()
+    found = []
+    for i, centre in enumerate(x.double()):
+        radius, own = float(certificate.prediction_radius[i]), int(certificate.prediction[i])
+        if radius == 0.0:
+            continue
+        slope = margin_slope(wide, centre, own)
+        points = [centre]
+        if bool(slope.any()) and math.isfinite(radius):
+            edge = within(centre, -slope, radius, dtype)
+            points += polished(centre, edge, slope, radius, dtype)
+        batch = torch.stack(points).to(dtype)
+        stored = copy.deepcopy(model).to(dtype)
+        for name, logits in {
+            "whole": run(stored, batch, profile=profile),
+            "one by one": torch.cat([run(stored, batch[:1], profile=profile)] * len(batch[:1])),
+        }.items():
+            found += [(i, name) for row in logits.numpy() if not keeps(row, own)]
+        for name, order in ORDERS.items():
+            found += [
+                (i, name) for p in batch if not keeps(executed(model, p, order, storage), own)
+            ]
+    return found
+
+
+# -- random networks: the radius holds, and a radius of the exact function does not ----------------
+
+
+def random_network(seed: int, hidden: tuple[int, ...]) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (6, *hidden, 3)
+    layers = []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        weight = torch.randn(b, a, generator=generator)
+        layers.append((weight.tolist(), (100 * torch.randn(b, generator=generator)).tolist()))
+    return sequential(*layers)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(("seed", "hidden"), [(0, ()), (1, ()), (2, (5,))])
+def test_no_execution_leaves_its_class(seed: int, hidden: tuple[int, ...], profile: str) -> None:
+    model = random_network(seed, hidden)
+    x = torch.rand((6, 6), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    certificate = certified(model, x, f"executed({profile})")
+    assert (certificate.prediction_radius > 0).all()
+    assert not violations(model, x, certificate, profile)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_search_breaks_radii_that_ignore_the_execution(seed: int) -> None:
+    model = random_network(seed, ())
+    x = torch.rand((6, 6), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    broken = {i for i, _ in violations(model, x, certified(model, x, "ideal"), "fp32a64")}
+    assert len(broken) >= 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_thread_counts_and_batches_stay_inside(threads: int) -> None:
+    model = random_network(3, (64, 64))
+    x = torch.rand((9, 6), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = run(model, x)
+        parts = torch.cat([run(model, p) for p in x.split(4)])
+    finally:
+        torch.set_num_threads(before)
+    error, pairs = bounded(model, x.shape[1:], "fp32a64")
+    assert bool(((whole - parts).abs() <= 2 * error.whole.constant).all())
+    assert pairs is not None
+
+
+# -- every kind of call: logits against 60-digit arithmetic ----------------------------------------
+
+
+def bounded(
+    model: nn.Module, shape: tuple[int, ...], profile: str
+) -> tuple[ExecutionError, Tensor | None]:
+    """The execution's error on inputs in [-1, 1], and the distances of the head's rows."""
+    traced = trace_model(model, shape)
+    plan = make_plan(model, traced.graph, engine="operator", backend="reference")
+    bound = plan_bound(plan, model, level="rigorous")
+    program = executed_program(Execution(model, traced, PROFILES[profile]))
+    description = describe(traced.graph, named_tensors(model), program)
+    norms = [float(bound.per_operator[o.name]) for o in traced.graph.operators]
+    error = execution_error(
+        json.loads(description.text)["executed"], description.arrays,
+        compose_up(traced.graph.tape, norms), PROFILES[profile],
+        entries=math.prod(shape), input_range=(-1.0, 1.0),
+    )  # fmt: skip
+    head = bound.head_weight
+    if head is None:
+        return error, None
+    return error, pair_norms_up(head, torch.arange(len(head)), bound.head_row_error)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.running_mean.normal_(generator=generator)
+                module.running_var.uniform_(0.01, 3.0, generator=generator)
+                module.weight.normal_(generator=generator)
+    return model.eval().float()
+
+
+USUAL = (
+    "batch norm", "linear residual", "concatenation", "slices", "constants", "average pool", "gelu",
+)  # fmt: skip
+KINDS = [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in NETWORKS]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_differences_of_logits_stay_within_the_bound(name: str) -> None:
+    shape, build = NETWORKS[name]
+    torch.manual_seed(len(name))
+    model = settled(build())
+    generator = torch.Generator().manual_seed(len(name))
+    x = torch.rand((2, *shape), generator=generator) * 2 - 1
+    moved = x + torch.randn(x.shape, generator=generator)
+    for profile, dtype in DTYPES.items():
+        error, pairs = bounded(model, shape, profile)
+        logits = run(model, moved.to(dtype), profile=profile).double()
+        for centre, point, row in zip(x, moved, logits, strict=True):
+            truth = [mpf(v) for v in evaluate(model, exact(point)).reshape(-1)]
+            radius = float((point.double() - centre.double()).norm()) * (1 + 2.0**-40)
+            e, rest = (a.constant + a.slope * radius for a in (error.features, error.logits))
+            for c in range(len(truth)):
+                for j in range(len(truth)):
+                    off = abs((mpf(float(row[c])) - mpf(float(row[j]))) - (truth[c] - truth[j]))
+                    apart = SQRT2_UP if pairs is None else float(pairs[c, j])
+                    limit = (e * apart + rest * SQRT2_UP) * (1 + 2.0**-40)
+                    assert off <= mpf(limit if c != j else 0.0)
+
+
+# -- constructions that only their execution betrays -----------------------------------------------
+
+
+def murray() -> tuple[nn.Sequential, Tensor]:
+    """Biases of a million on both logits: float32 storage has steps of 1/16 there."""
+    model = sequential(([[0.25, 0.0], [0.0, 0.25]], [1e6 + 0.0625, 1e6]))
+    return model, torch.tensor([[0.02, 0.0], [0.0, 0.03]])
+
+
+def cancelling() -> tuple[nn.Sequential, Tensor]:
+    """w x + c - w x, whose constant is lost once it is stored beside w x: Zombori et al. (2021)."""
+    model = sequential(
+        ([[2.0**30], [2.0**30]], [1.0, 0.0]), ([[1.0, -1.0], [0.0, 0.0]], [0.0, 0.5]), relu=False
+    )
+    return model, torch.tensor([[0.75], [0.5]])
+
+
+def ordering() -> tuple[nn.Sequential, Tensor]:
+    """2^70 x + x - 2^70 x: the middle term survives in some orders of summation only."""
+    big = 2.0**70
+    model = sequential(([[big, 1.0, -big], [0.0, 0.0, 0.0]], [0.0, 0.5]))
+    return model, torch.tensor([[0.75, 1.0, 0.75], [0.5, 0.9, 0.5]])
+
+
+def vanishing() -> tuple[nn.Sequential, Tensor]:
+    """A layer scaled to where float32 has two bits left, and the next one scaled back."""
+    model = sequential(
+        ([[2.0**-75, 0.0], [0.0, 2.0**-75]], [0.0, 0.0]),
+        ([[2.0**-74, 0.0], [0.0, 2.0**-74]], [0.0, 0.0]),
+        ([[2.0**120, 0.0], [0.0, 2.0**120]], [0.0, 0.0]),
+    )
+    return model, torch.tensor([[1.0, 0.9], [0.3, 0.45]])
+
+
+def overflowing() -> tuple[nn.Sequential, Tensor]:
+    """A layer scaled beyond what float32 holds within the radius, and the next scaled back."""
+    model = sequential(
+        ([[2.0**127, 0.0], [0.0, 2.0**127]], [0.0, 0.0]),
+        ([[2.0**-126, 0.0], [0.0, 2.0**-126]], [0.0, 0.0]),
+    )
+    return model, torch.tensor([[1.5, 0.25], [0.25, 1.75]])
+
+
+BETRAYED: dict[str, tuple[Callable[[], tuple[nn.Sequential, Tensor]], str]] = {
+    "murray": (murray, "fp32a64"),
+    "cancelling": (cancelling, "fp32a64"),
+    "ordering": (ordering, "fp64"),
+    "ordering in float32": (ordering, "fp32a64"),
+    "vanishing": (vanishing, "fp32a64"),
+    "overflowing": (overflowing, "fp32a64"),
+}
+
+
+@pytest.mark.parametrize("name", BETRAYED)
+def test_what_only_the_execution_betrays(name: str) -> None:
+    build, profile = BETRAYED[name]
+    model, x = build()
+    ideal = certified(model, x, "ideal", 2.0)
+    assert (ideal.prediction_radius > 0).all()
+    assert violations(model, x, ideal, profile), "the construction betrays nothing"
+    found = certified(model, x, f"executed({profile})", 2.0)
+    assert (found.prediction_radius < ideal.prediction_radius).all()
+    assert not violations(model, x, found, profile)
+
+
+@pytest.mark.parametrize("power", [20, 60, 100])
+def test_powers_of_two_between_layers_cost_nothing_in_range(power: int) -> None:
+    k = 2.0**power
+    model = sequential(([[k, 0.0], [0.0, k]], [0.0, 0.0]), ([[1 / k, 0.0], [0.0, 1 / k]], [0, 0]))
+    x = torch.tensor([[0.75, 0.25]])
+    found = certified(model, x, "executed(fp32a64)").prediction_radius
+    ideal = certified(model, x, "ideal").prediction_radius
+    assert (found > 0.999 * ideal).all()
+
+
+# -- canaries: a recursion without one of its terms lets something through -------------------------
+
+
+def without_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    forge(monkeypatch, unit=0.0)
+
+
+def without_denormals(monkeypatch: pytest.MonkeyPatch) -> None:
+    forge(monkeypatch, underflow=0.0)
+
+
+def without_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recursion, "gamma_up", lambda n: 0.0)
+
+
+def without_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recursion._Recursion, "_shift", lambda self, step: 0.0)
+
+
+def without_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*args: Any, **options: Any) -> ExecutionError:
+        return dataclasses.replace(execution_error(*args, **options), largest_radius=math.inf)
+
+    monkeypatch.setattr("lmtfast.subject.execution_error", endless)
+
+
+def without_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Affine, "__rmul__", lambda self, factor: self if factor > 1e6 else Affine(
+        factor * self.constant, factor * self.slope))  # fmt: skip
+
+
+def forge(monkeypatch: pytest.MonkeyPatch, **fields: float) -> None:
+    """Another fp32a64 than the profile's."""
+    forged: dict[str, Profile] = dict(PROFILES)
+    forged["fp32a64"] = dataclasses.replace(PROFILES["fp32a64"], **fields)
+    monkeypatch.setattr(profiles, "PROFILES", forged)
+
+
+CANARIES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "storage": (without_storage, "cancelling"),
+    "denormals": (without_denormals, "vanishing"),
+    "sums": (without_sums, "ordering"),
+    "biases": (without_biases, "murray"),
+    "range": (without_range, "overflowing"),
+    "growth": (without_growth, "cancelling"),
+}
+
+
+@pytest.mark.parametrize("canary", CANARIES)
+def test_dropping_a_term_lets_a_violation_through(
+    canary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop, name = CANARIES[canary]
+    build, profile = BETRAYED[name]
+    model, x = build()
+    with monkeypatch.context() as patched:
+        drop(patched)
+        found = certified(model, x, f"executed({profile})", 2.0)
+    assert violations(model, x, found, profile)
