@@ -148,7 +148,9 @@ class Recursion:
         self.tensors = [Tensor([[0.0, 0.0], self.seen(np.array([reach, 1.0]))], self.unit)]
         features = None
         for i, step in enumerate(program["steps"][1:], 1):
-            inputs = [self.tensors[k] for k in step["inputs"] if 0 <= k < i]
+            if not all(0 <= k < i for k in step["inputs"]):
+                raise ValueError("a step that reads a later one")
+            inputs = [self.tensors[k] for k in step["inputs"]]
             if i == program["head"]:
                 features, size = inputs[0].lengths()
                 inputs = [Tensor([np.zeros(2), size], self.unit)]

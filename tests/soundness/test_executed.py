@@ -67,29 +67,34 @@ def violations(
 ) -> list[tuple[int, str]]:
     """Inputs whose class some execution leaves at an exact distance within the radius."""
     dtype, storage = DTYPES[profile], STORAGES[profile]
-    wide = copy.deepcopy(model).double()
-    found = []
+    wide, points, centres = copy.deepcopy(model).double(), [], []
     for i, centre in enumerate(x.double()):
         radius, own = float(certificate.prediction_radius[i]), int(certificate.prediction[i])
         if radius == 0.0:
             continue
+        found = [centre]
         slope = margin_slope(wide, centre, own)
-        points = [centre]
         if bool(slope.any()) and math.isfinite(radius):
             edge = within(centre, -slope, radius, dtype)
-            points += polished(centre, edge, slope, radius, dtype)
-        batch = torch.stack(points).to(dtype)
-        stored = copy.deepcopy(model).to(dtype)
-        for name, logits in {
-            "whole": run(stored, batch, profile=profile),
-            "one by one": torch.cat([run(stored, batch[:1], profile=profile)] * len(batch[:1])),
-        }.items():
-            found += [(i, name) for row in logits.numpy() if not keeps(row, own)]
-        for name, order in ORDERS.items():
-            found += [
-                (i, name) for p in batch if not keeps(executed(model, p, order, storage), own)
-            ]
-    return found
+            found += polished(centre, edge, slope, radius, dtype)
+        points += found
+        centres += [i] * len(found)
+    if not points:
+        return []
+    batch = torch.stack(points).to(dtype)
+    execution = Execution(model, trace_model(model, tuple(x.shape[1:])), PROFILES[profile])
+    logits = {
+        f"batches of {size}": torch.cat([execution(part) for part in batch.split(size)]).numpy()
+        for size in (1, 7, 256)
+    }
+    for name, order in ORDERS.items():
+        logits[name] = np.stack([executed(model, point, order, storage) for point in batch])
+    return [
+        (i, name)
+        for name, rows in logits.items()
+        for i, row in zip(centres, rows, strict=True)
+        if not keeps(row, int(certificate.prediction[i]))
+    ]
 
 
 # -- random networks: the radius holds, and a radius of the exact function does not ----------------
@@ -127,16 +132,16 @@ def test_the_search_breaks_radii_that_ignore_the_execution(seed: int) -> None:
 def test_thread_counts_and_batches_stay_inside(threads: int) -> None:
     model = random_network(3, (64, 64))
     x = torch.rand((9, 6), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    execution = Execution(model, trace_model(model, (6,)), PROFILES["fp32a64"])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        whole = run(model, x)
-        parts = torch.cat([run(model, p) for p in x.split(4)])
+        whole = execution(x)
+        parts = torch.cat([execution(p) for p in x.split(4)])
     finally:
         torch.set_num_threads(before)
-    error, pairs = bounded(model, x.shape[1:], "fp32a64")
+    error, _ = bounded(model, (6,), "fp32a64")
     assert bool(((whole - parts).abs() <= 2 * error.whole.constant).all())
-    assert pairs is not None
 
 
 # -- every kind of call: logits against 60-digit arithmetic ----------------------------------------
