@@ -13,6 +13,8 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,18 @@ from mpmath import mpf
 from torch import Tensor, nn
 
 import lmtfast as lf
-from lmtfast import profiles
+from lmtfast import check, profiles
 from lmtfast.bound import pair_norms_up
 from lmtfast.certificate import Certificate
 from lmtfast.composing import SQRT2_UP, compose_up
-from lmtfast.description import describe
+from lmtfast.description import describe, save_weights
 from lmtfast.execution import Execution, recursion
 from lmtfast.execution.recursion import Affine, ExecutionError, execution_error
 from lmtfast.execution.steps import executed_program
 from lmtfast.guarantee import plan_bound
 from lmtfast.models import run
 from lmtfast.plan import make_plan
-from lmtfast.profiles import PROFILES, Profile
+from lmtfast.profiles import PROFILES
 from lmtfast.tracing import trace_model
 from lmtfast.weights import named_tensors
 from tests.exact_networks import NETWORKS, evaluate, exact
@@ -77,6 +79,7 @@ def violations(
         if bool(slope.any()) and math.isfinite(radius):
             edge = within(centre, -slope, radius, dtype)
             found += polished(centre, edge, slope, radius, dtype)
+            found.append(within(centre, slope, radius, dtype))
         points += found
         centres += [i] * len(found)
     if not points:
@@ -225,13 +228,6 @@ def cancelling() -> tuple[nn.Sequential, Tensor]:
     return model, torch.tensor([[0.75], [0.5]])
 
 
-def ordering() -> tuple[nn.Sequential, Tensor]:
-    """2^70 x + x - 2^70 x: the middle term survives in some orders of summation only."""
-    big = 2.0**70
-    model = sequential(([[big, 1.0, -big], [0.0, 0.0, 0.0]], [0.0, 0.5]))
-    return model, torch.tensor([[0.75, 1.0, 0.75], [0.5, 0.9, 0.5]])
-
-
 def vanishing() -> tuple[nn.Sequential, Tensor]:
     """A layer scaled to where float32 has two bits left, and the next one scaled back."""
     model = sequential(
@@ -251,26 +247,23 @@ def overflowing() -> tuple[nn.Sequential, Tensor]:
     return model, torch.tensor([[1.5, 0.25], [0.25, 1.75]])
 
 
-BETRAYED: dict[str, tuple[Callable[[], tuple[nn.Sequential, Tensor]], str]] = {
-    "murray": (murray, "fp32a64"),
-    "cancelling": (cancelling, "fp32a64"),
-    "ordering": (ordering, "fp64"),
-    "ordering in float32": (ordering, "fp32a64"),
-    "vanishing": (vanishing, "fp32a64"),
-    "overflowing": (overflowing, "fp32a64"),
+BETRAYED: dict[str, Callable[[], tuple[nn.Sequential, Tensor]]] = {
+    "murray": murray,
+    "cancelling": cancelling,
+    "vanishing": vanishing,
+    "overflowing": overflowing,
 }
 
 
 @pytest.mark.parametrize("name", BETRAYED)
 def test_what_only_the_execution_betrays(name: str) -> None:
-    build, profile = BETRAYED[name]
-    model, x = build()
+    model, x = BETRAYED[name]()
     ideal = certified(model, x, "ideal", 2.0)
     assert (ideal.prediction_radius > 0).all()
-    assert violations(model, x, ideal, profile), "the construction betrays nothing"
-    found = certified(model, x, f"executed({profile})", 2.0)
+    assert violations(model, x, ideal, "fp32a64"), "the construction betrays nothing"
+    found = certified(model, x, "executed(fp32a64)", 2.0)
     assert (found.prediction_radius < ideal.prediction_radius).all()
-    assert not violations(model, x, found, profile)
+    assert not violations(model, x, found, "fp32a64")
 
 
 @pytest.mark.parametrize("power", [20, 60, 100])
@@ -283,62 +276,143 @@ def test_powers_of_two_between_layers_cost_nothing_in_range(power: int) -> None:
     assert (found > 0.999 * ideal).all()
 
 
-# -- canaries: a recursion without one of its terms lets something through -------------------------
+# -- the bound itself, and canaries: without any one of its terms some execution exceeds it ---------
 
 
-def without_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    forge(monkeypatch, unit=0.0)
+def ordering() -> tuple[nn.Sequential, Tensor]:
+    """2^70 x + x - 2^70 x: the middle term survives in some orders of summation only."""
+    model = sequential(([[2.0**70, 1.0, -(2.0**70)], [0.0, 0.0, 0.0]], [0.0, 0.5]))
+    return model, torch.tensor([[0.75, 1.0, 0.75], [0.5, 0.9, 0.5]])
 
 
-def without_denormals(monkeypatch: pytest.MonkeyPatch) -> None:
-    forge(monkeypatch, underflow=0.0)
+def drifting() -> tuple[nn.Sequential, Tensor]:
+    """Six layers that each round at the same size: their errors add up."""
+    first = ([[1.0 + 2.0**-12]], [2.0**20])
+    layers = [([[1.0 + 2.0**-12]], [0.0])] * 5
+    x = torch.rand((300, 1), generator=torch.Generator().manual_seed(4))
+    return sequential(first, *layers, ([[1.0], [0.0]], [0.0, 0.0])), x
 
 
-def without_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recursion, "gamma_up", lambda n: 0.0)
+CASES = {**BETRAYED, "ordering": ordering, "drifting": drifting}
+CASES.pop("overflowing")
 
 
-def without_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recursion._Recursion, "_shift", lambda self, step: 0.0)
+def exact_logits(model: nn.Sequential, x: Tensor) -> list[Fraction]:
+    values = [Fraction(v) for v in x.tolist()]
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+            values = [
+                Fraction(b) + sum(Fraction(w) * v for w, v in zip(row, values, strict=True))
+                for row, b in rows
+            ]
+        else:
+            values = [max(v, Fraction(0)) for v in values]
+    return values
 
 
-def without_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(*args: Any, **options: Any) -> ExecutionError:
-        return dataclasses.replace(execution_error(*args, **options), largest_radius=math.inf)
+def exceeded(name: str, profile: str) -> bool:
+    """Whether the logits of some execution are farther from the exact ones than the bound."""
+    model, x = CASES[name]()
+    error, _ = bounded(model, tuple(x.shape[1:]), profile)
+    limit = Fraction(error.whole.constant) ** 2
+    for point in x.to(DTYPES[profile]):
+        truth = exact_logits(model, point)
+        for order in ORDERS.values():
+            logits = executed(model, point, order, STORAGES[profile])
+            off = [Fraction(float(a)) - b for a, b in zip(logits, truth, strict=True)]
+            if sum(o * o for o in off) > limit:
+                return True
+    return False
 
-    monkeypatch.setattr("lmtfast.subject.execution_error", endless)
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", CASES)
+def test_no_order_of_summation_exceeds_the_bound(name: str, profile: str) -> None:
+    assert not exceeded(name, profile)
 
 
-def without_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Affine, "__rmul__", lambda self, factor: self if factor > 1e6 else Affine(
-        factor * self.constant, factor * self.slope))  # fmt: skip
+def without_storage(patch: pytest.MonkeyPatch) -> None:
+    forge(patch, unit=0.0)
 
 
-def forge(monkeypatch: pytest.MonkeyPatch, **fields: float) -> None:
+def without_denormals(patch: pytest.MonkeyPatch) -> None:
+    forge(patch, underflow=0.0)
+
+
+def without_sums(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recursion, "gamma_up", lambda n: 0.0)
+
+
+def without_biases(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recursion._Recursion, "_shift", lambda self, step: 0.0)
+
+
+def without_earlier_layers(patch: pytest.MonkeyPatch) -> None:
+    own = recursion.Lengths.__rmul__
+
+    def forgetful(self: recursion.Lengths, factor: float) -> recursion.Lengths:
+        return dataclasses.replace(own(self, factor), error=Affine())
+
+    patch.setattr(recursion.Lengths, "__rmul__", forgetful)
+
+
+def forge(patch: pytest.MonkeyPatch, **fields: float) -> None:
     """Another fp32a64 than the profile's."""
-    forged: dict[str, Profile] = dict(PROFILES)
-    forged["fp32a64"] = dataclasses.replace(PROFILES["fp32a64"], **fields)
-    monkeypatch.setattr(profiles, "PROFILES", forged)
+    forged = dict(PROFILES) | {"fp32a64": dataclasses.replace(PROFILES["fp32a64"], **fields)}
+    patch.setattr("tests.soundness.test_executed.PROFILES", forged)
+    patch.setattr(profiles, "PROFILES", forged)
 
 
-CANARIES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "storage": (without_storage, "cancelling"),
-    "denormals": (without_denormals, "vanishing"),
-    "sums": (without_sums, "ordering"),
-    "biases": (without_biases, "murray"),
-    "range": (without_range, "overflowing"),
-    "growth": (without_growth, "cancelling"),
+CANARIES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
+    "storage": (without_storage, "murray", "fp32a64"),
+    "denormals": (without_denormals, "vanishing", "fp32a64"),
+    "sums": (without_sums, "ordering", "fp64"),
+    "biases": (without_biases, "murray", "fp32a64"),
+    "earlier layers": (without_earlier_layers, "drifting", "fp32a64"),
 }
 
 
 @pytest.mark.parametrize("canary", CANARIES)
-def test_dropping_a_term_lets_a_violation_through(
-    canary: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drop, name = CANARIES[canary]
-    build, profile = BETRAYED[name]
-    model, x = build()
-    with monkeypatch.context() as patched:
-        drop(patched)
+def test_without_a_term_the_bound_is_exceeded(canary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop, name, profile = CANARIES[canary]
+    drop(monkeypatch)
+    assert exceeded(name, profile)
+
+
+@pytest.mark.parametrize("canary", ["storage", "biases"])
+def test_without_a_term_a_class_is_left(canary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop, name, profile = CANARIES[canary]
+    model, x = CASES[name]()
+    with monkeypatch.context() as patch:
+        drop(patch)
         found = certified(model, x, f"executed({profile})", 2.0)
     assert violations(model, x, found, profile)
+
+
+def test_without_a_range_an_execution_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*args: Any, **options: Any) -> ExecutionError:
+        return dataclasses.replace(execution_error(*args, **options), largest_radius=math.inf)
+
+    model, x = overflowing()
+    with monkeypatch.context() as patch:
+        patch.setattr("lmtfast.subject.execution_error", endless)
+        found = certified(model, x, "executed(fp32a64)", 2.0)
+    assert violations(model, x, found, "fp32a64")
+
+
+# A radius near one has no room for what denormals lose.
+@pytest.mark.parametrize("canary", [c for c in CANARIES if c != "denormals"])
+def test_the_checker_notices_a_dropped_term(
+    canary: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drop, _, profile = CANARIES[canary]
+    model, x = random_network(0, (5,)), torch.full((1, 6), 0.25)
+    semantics = f"executed({profile})"
+    weights = save_weights(model, tmp_path / "w.npz", input_shape=(6,), semantics=semantics)
+    honest = certified(model, x, semantics).save(tmp_path / "honest.npz")
+    assert check.check(honest, weights) == []
+    with monkeypatch.context() as patch:
+        drop(patch)
+        forged = certified(model, x, semantics).save(tmp_path / "forged.npz")
+    assert [f.kind for f in check.check(forged, weights)] == ["claim"]
