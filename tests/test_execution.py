@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -190,6 +193,25 @@ def test_files_and_both_readers_agree(
     loaded.verify(model, (x, torch.zeros(len(x), dtype=torch.int64)))
     weights = save_weights(model, tmp_path / "w.npz", input_shape=(1, 6, 6), semantics=STORED)
     assert check.check(path, weights) == []
+
+
+def test_the_checker_judges_executions_wherever_its_two_files_lie(
+    certificate: Certificate, model: nn.Module, tmp_path: Path
+) -> None:
+    folder = Path(check.__file__).parent
+    for name in ("check.py", "check_execution.py"):
+        shutil.copy(folder / name, tmp_path / name)
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "import torch" not in text
+        assert "import lmtfast" not in text
+        assert "from lmtfast" not in text
+    weights = save_weights(model, tmp_path / "w.npz", input_shape=(1, 6, 6), semantics=STORED)
+    path = certificate.save(tmp_path / "c.npz")
+    done = subprocess.run(
+        [sys.executable, "check.py", str(path), str(weights)],
+        cwd=tmp_path, env={}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "accepted" in done.stdout) == (0, True), done.stdout
 
 
 def forged(certificate: Certificate, **fields: Any) -> Certificate:

@@ -276,7 +276,7 @@ def test_powers_of_two_between_layers_cost_nothing_in_range(power: int) -> None:
     assert (found > 0.999 * ideal).all()
 
 
-# -- the bound itself, and canaries: without any one of its terms some execution exceeds it ---------
+# -- the bound itself, and canaries: without any one of its terms some execution exceeds it --------
 
 
 def ordering() -> tuple[nn.Sequential, Tensor]:
@@ -401,8 +401,8 @@ def test_without_a_range_an_execution_overflows(monkeypatch: pytest.MonkeyPatch)
     assert violations(model, x, found, "fp32a64")
 
 
-# A radius near one has no room for what denormals lose.
-@pytest.mark.parametrize("canary", [c for c in CANARIES if c != "denormals"])
+# What denormals and float64 sums lose is below the checker's own slack at radii near one.
+@pytest.mark.parametrize("canary", ["storage", "biases", "earlier layers"])
 def test_the_checker_notices_a_dropped_term(
     canary: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
