@@ -208,8 +208,8 @@ def test_the_checker_judges_executions_wherever_its_two_files_lie(
     weights = save_weights(model, tmp_path / "w.npz", input_shape=(1, 6, 6), semantics=STORED)
     path = certificate.save(tmp_path / "c.npz")
     done = subprocess.run(
-        [sys.executable, "check.py", str(path), str(weights)],
-        cwd=tmp_path, env={}, capture_output=True, text=True, check=False,
+        [sys.executable, "-I", "check.py", str(path), str(weights)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, "accepted" in done.stdout) == (0, True), done.stdout
 
