@@ -287,8 +287,8 @@ def ordering() -> tuple[nn.Sequential, Tensor]:
 
 def drifting() -> tuple[nn.Sequential, Tensor]:
     """Six layers that each round at the same size: their errors add up."""
-    first = ([[1.0 + 2.0**-12]], [2.0**20])
-    layers = [([[1.0 + 2.0**-12]], [0.0])] * 5
+    first = ([[2.0**12]], [2.0**20])
+    layers = [([[1.0003]], [0.0])] * 5
     x = torch.rand((300, 1), generator=torch.Generator().manual_seed(4))
     return sequential(first, *layers, ([[1.0], [0.0]], [0.0, 0.0])), x
 
