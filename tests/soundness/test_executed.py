@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 
 import lmtfast as lf
 from lmtfast import check, profiles
-from lmtfast.bound import pair_norms_up
 from lmtfast.certificate import Certificate
 from lmtfast.composing import SQRT2_UP, compose_up
 from lmtfast.description import describe, save_weights
@@ -33,7 +33,6 @@ from lmtfast.execution import Execution, recursion
 from lmtfast.execution.recursion import Affine, ExecutionError, execution_error
 from lmtfast.execution.steps import executed_program
 from lmtfast.guarantee import plan_bound
-from lmtfast.models import run
 from lmtfast.plan import make_plan
 from lmtfast.profiles import PROFILES
 from lmtfast.tracing import trace_model
@@ -64,11 +63,39 @@ def sequential(*layers: tuple[list[list[float]], list[float]], relu: bool = True
     return nn.Sequential(*(modules[:-1] if relu else modules)).eval()
 
 
+class Prepared:
+    """A model traced and bounded once."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
+        self.model, self.shape, self.traced = model, shape, trace_model(model, shape)
+        plan = make_plan(model, self.traced.graph, engine="operator", backend="reference")
+        self.bound = plan_bound(plan, model, level="rigorous")
+
+    def execution(self, profile: str) -> Execution:
+        return Execution(self.model, self.traced, PROFILES[profile])
+
+    def error(self, profile: str) -> ExecutionError:
+        """The execution's error on inputs in [-1, 1]."""
+        graph, program = self.traced.graph, executed_program(self.execution(profile))
+        description = describe(graph, named_tensors(self.model), program)
+        norms = [float(self.bound.per_operator[o.name]) for o in graph.operators]
+        return execution_error(
+            json.loads(description.text)["executed"], description.arrays,
+            compose_up(graph.tape, norms), PROFILES[profile],
+            entries=math.prod(self.shape), input_range=(-1.0, 1.0),
+        )  # fmt: skip
+
+    def apart(self, c: int, j: int) -> float:
+        """Distance of two of the head's rows, rounded up."""
+        return float(self.bound.pair_norms(torch.tensor([c]))[0, j])
+
+
 def violations(
-    model: nn.Sequential, x: Tensor, certificate: Certificate, profile: str
+    ready: Prepared, x: Tensor, certificate: Certificate, profile: str
 ) -> list[tuple[int, str]]:
     """Inputs whose class some execution leaves at an exact distance within the radius."""
     dtype, storage = DTYPES[profile], STORAGES[profile]
+    model: Any = ready.model
     wide, points, centres = copy.deepcopy(model).double(), [], []
     for i, centre in enumerate(x.double()):
         radius, own = float(certificate.prediction_radius[i]), int(certificate.prediction[i])
@@ -85,7 +112,7 @@ def violations(
     if not points:
         return []
     batch = torch.stack(points).to(dtype)
-    execution = Execution(model, trace_model(model, tuple(x.shape[1:])), PROFILES[profile])
+    execution = ready.execution(profile)
     logits = {
         f"batches of {size}": torch.cat([execution(part) for part in batch.split(size)]).numpy()
         for size in (1, 7, 256)
@@ -103,72 +130,51 @@ def violations(
 # -- random networks: the radius holds, and a radius of the exact function does not ----------------
 
 
-def random_network(seed: int, hidden: tuple[int, ...]) -> nn.Sequential:
+@cache
+def random_network(seed: int, hidden: tuple[int, ...]) -> Prepared:
     generator = torch.Generator().manual_seed(seed)
     sizes = (6, *hidden, 3)
     layers = []
     for a, b in zip(sizes, sizes[1:], strict=False):
         weight = torch.randn(b, a, generator=generator)
         layers.append((weight.tolist(), (100 * torch.randn(b, generator=generator)).tolist()))
-    return sequential(*layers)
+    return Prepared(sequential(*layers), (6,))
+
+
+def inputs(seed: int, count: int = 6) -> Tensor:
+    return torch.rand((count, 6), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize(("seed", "hidden"), [(0, ()), (1, ()), (2, (5,))])
+@pytest.mark.parametrize(("seed", "hidden"), [(0, ()), (2, (5,))])
 def test_no_execution_leaves_its_class(seed: int, hidden: tuple[int, ...], profile: str) -> None:
-    model = random_network(seed, hidden)
-    x = torch.rand((6, 6), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    certificate = certified(model, x, f"executed({profile})")
+    ready, x = random_network(seed, hidden), inputs(seed)
+    certificate = certified(ready.model, x, f"executed({profile})")
     assert (certificate.prediction_radius > 0).all()
-    assert not violations(model, x, certificate, profile)
+    assert not violations(ready, x, certificate, profile)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_search_breaks_radii_that_ignore_the_execution(seed: int) -> None:
-    model = random_network(seed, ())
-    x = torch.rand((6, 6), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    broken = {i for i, _ in violations(model, x, certified(model, x, "ideal"), "fp32a64")}
+def test_the_search_breaks_radii_that_ignore_the_execution() -> None:
+    ready, x = random_network(0, ()), inputs(0)
+    broken = {i for i, _ in violations(ready, x, certified(ready.model, x, "ideal"), "fp32a64")}
     assert len(broken) >= 3
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_thread_counts_and_batches_stay_inside(threads: int) -> None:
-    model = random_network(3, (64, 64))
-    x = torch.rand((9, 6), generator=torch.Generator().manual_seed(3)) * 2 - 1
-    execution = Execution(model, trace_model(model, (6,)), PROFILES["fp32a64"])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def test_thread_counts_and_batches_stay_inside() -> None:
+    ready, x = random_network(3, (64, 64)), inputs(3, 9)
+    execution, before = ready.execution("fp32a64"), torch.get_num_threads()
+    found = []
     try:
-        whole = execution(x)
-        parts = torch.cat([execution(p) for p in x.split(4)])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found += [torch.cat([execution(p) for p in x.split(size)]) for size in (1, 4, 9)]
     finally:
         torch.set_num_threads(before)
-    error, _ = bounded(model, (6,), "fp32a64")
-    assert bool(((whole - parts).abs() <= 2 * error.whole.constant).all())
+    limit = 2 * ready.error("fp32a64").whole.constant
+    assert all(bool(((other - found[0]).abs() <= limit).all()) for other in found)
 
 
 # -- every kind of call: logits against 60-digit arithmetic ----------------------------------------
-
-
-def bounded(
-    model: nn.Module, shape: tuple[int, ...], profile: str
-) -> tuple[ExecutionError, Tensor | None]:
-    """The execution's error on inputs in [-1, 1], and the distances of the head's rows."""
-    traced = trace_model(model, shape)
-    plan = make_plan(model, traced.graph, engine="operator", backend="reference")
-    bound = plan_bound(plan, model, level="rigorous")
-    program = executed_program(Execution(model, traced, PROFILES[profile]))
-    description = describe(traced.graph, named_tensors(model), program)
-    norms = [float(bound.per_operator[o.name]) for o in traced.graph.operators]
-    error = execution_error(
-        json.loads(description.text)["executed"], description.arrays,
-        compose_up(traced.graph.tape, norms), PROFILES[profile],
-        entries=math.prod(shape), input_range=(-1.0, 1.0),
-    )  # fmt: skip
-    head = bound.head_weight
-    if head is None:
-        return error, None
-    return error, pair_norms_up(head, torch.arange(len(head)), bound.head_row_error)
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -196,9 +202,9 @@ def test_differences_of_logits_stay_within_the_bound(name: str) -> None:
     generator = torch.Generator().manual_seed(len(name))
     x = torch.rand((2, *shape), generator=generator) * 2 - 1
     moved = x + torch.randn(x.shape, generator=generator)
+    ready = Prepared(model, shape)
     for profile, dtype in DTYPES.items():
-        error, pairs = bounded(model, shape, profile)
-        logits = run(model, moved.to(dtype), profile=profile).double()
+        error, logits = ready.error(profile), ready.execution(profile)(moved.to(dtype)).double()
         for centre, point, row in zip(x, moved, logits, strict=True):
             truth = [mpf(v) for v in evaluate(model, exact(point)).reshape(-1)]
             radius = float((point.double() - centre.double()).norm()) * (1 + 2.0**-40)
@@ -206,8 +212,7 @@ def test_differences_of_logits_stay_within_the_bound(name: str) -> None:
             for c in range(len(truth)):
                 for j in range(len(truth)):
                     off = abs((mpf(float(row[c])) - mpf(float(row[j]))) - (truth[c] - truth[j]))
-                    apart = SQRT2_UP if pairs is None else float(pairs[c, j])
-                    limit = (e * apart + rest * SQRT2_UP) * (1 + 2.0**-40)
+                    limit = (e * ready.apart(c, j) + rest * SQRT2_UP) * (1 + 2.0**-40)
                     assert off <= mpf(limit if c != j else 0.0)
 
 
@@ -255,18 +260,25 @@ BETRAYED: dict[str, Callable[[], tuple[nn.Sequential, Tensor]]] = {
 }
 
 
+@cache
+def prepared(name: str) -> tuple[Prepared, Tensor]:
+    model, x = {**BETRAYED, "ordering": ordering, "drifting": drifting}[name]()
+    return Prepared(model, tuple(x.shape[1:])), x
+
+
 @pytest.mark.parametrize("name", BETRAYED)
 def test_what_only_the_execution_betrays(name: str) -> None:
-    model, x = BETRAYED[name]()
+    ready, x = prepared(name)
+    model = ready.model
     ideal = certified(model, x, "ideal", 2.0)
     assert (ideal.prediction_radius > 0).all()
-    assert violations(model, x, ideal, "fp32a64"), "the construction betrays nothing"
+    assert violations(ready, x, ideal, "fp32a64"), "the construction betrays nothing"
     found = certified(model, x, "executed(fp32a64)", 2.0)
     assert (found.prediction_radius < ideal.prediction_radius).all()
-    assert not violations(model, x, found, "fp32a64")
+    assert not violations(ready, x, found, "fp32a64")
 
 
-@pytest.mark.parametrize("power", [20, 60, 100])
+@pytest.mark.parametrize("power", [20, 100])
 def test_powers_of_two_between_layers_cost_nothing_in_range(power: int) -> None:
     k = 2.0**power
     model = sequential(([[k, 0.0], [0.0, k]], [0.0, 0.0]), ([[1 / k, 0.0], [0.0, 1 / k]], [0, 0]))
@@ -293,8 +305,7 @@ def drifting() -> tuple[nn.Sequential, Tensor]:
     return sequential(first, *layers, ([[1.0], [0.0]], [0.0, 0.0])), x
 
 
-CASES = {**BETRAYED, "ordering": ordering, "drifting": drifting}
-CASES.pop("overflowing")
+CASES = ["murray", "cancelling", "vanishing", "ordering", "drifting"]
 
 
 def exact_logits(model: nn.Sequential, x: Tensor) -> list[Fraction]:
@@ -313,9 +324,9 @@ def exact_logits(model: nn.Sequential, x: Tensor) -> list[Fraction]:
 
 def exceeded(name: str, profile: str) -> bool:
     """Whether the logits of some execution are farther from the exact ones than the bound."""
-    model, x = CASES[name]()
-    error, _ = bounded(model, tuple(x.shape[1:]), profile)
-    limit = Fraction(error.whole.constant) ** 2
+    ready, x = prepared(name)
+    model: Any = ready.model
+    limit = Fraction(ready.error(profile).whole.constant) ** 2
     for point in x.to(DTYPES[profile]):
         truth = exact_logits(model, point)
         for order in ORDERS.values():
@@ -383,22 +394,22 @@ def test_without_a_term_the_bound_is_exceeded(canary: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("canary", ["storage", "biases"])
 def test_without_a_term_a_class_is_left(canary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drop, name, profile = CANARIES[canary]
-    model, x = CASES[name]()
+    ready, x = prepared(name)
     with monkeypatch.context() as patch:
         drop(patch)
-        found = certified(model, x, f"executed({profile})", 2.0)
-    assert violations(model, x, found, profile)
+        found = certified(ready.model, x, f"executed({profile})", 2.0)
+    assert violations(ready, x, found, profile)
 
 
 def test_without_a_range_an_execution_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     def endless(*args: Any, **options: Any) -> ExecutionError:
         return dataclasses.replace(execution_error(*args, **options), largest_radius=math.inf)
 
-    model, x = overflowing()
+    ready, x = prepared("overflowing")
     with monkeypatch.context() as patch:
         patch.setattr("lmtfast.subject.execution_error", endless)
-        found = certified(model, x, "executed(fp32a64)", 2.0)
-    assert violations(model, x, found, "fp32a64")
+        found = certified(ready.model, x, "executed(fp32a64)", 2.0)
+    assert violations(ready, x, found, "fp32a64")
 
 
 # What denormals and float64 sums lose is below the checker's own slack at radii near one.
@@ -407,7 +418,7 @@ def test_the_checker_notices_a_dropped_term(
     canary: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     drop, _, profile = CANARIES[canary]
-    model, x = random_network(0, (5,)), torch.full((1, 6), 0.25)
+    model, x = random_network(2, (5,)).model, torch.full((1, 6), 0.25)
     semantics = f"executed({profile})"
     weights = save_weights(model, tmp_path / "w.npz", input_shape=(6,), semantics=semantics)
     honest = certified(model, x, semantics).save(tmp_path / "honest.npz")
