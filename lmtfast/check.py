@@ -85,7 +85,6 @@ def members(content: bytes) -> dict[str, bytes]:
 
 
 def read_certificate(content: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Header and arrays of a certificate file."""
     raw = members(content)  # npy headers, 128 bytes, are compared below and never parsed
     need({*ARRAYS, "header"} >= {*raw}, "known arrays", sorted(raw), "file")
     arrays = {n: np.frombuffer(b, DTYPES.get(n, "<f8"), offset=128) for n, b in raw.items()}
@@ -216,7 +215,6 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
 
 
 def length(a: Array) -> float:
-    """Bound on the Frobenius norm."""
     exponent = math.frexp(float(np.abs(a).max(initial=0.0)))[1]
     root = math.sqrt(float(np.sum(np.square(np.ldexp(a, -exponent)))))
     return math.ldexp(root * (1.0 + (a.size + 8) * UNIT), exponent)
@@ -227,7 +225,6 @@ def gamma(count: float) -> float:
 
 
 def product(a: Array, b: Array) -> tuple[Array, int]:
-    """a b^T, and how many roundings a term of it can go through."""
     total, inner = np.zeros((len(a), len(b))), a.shape[1]
     for k in range(0, inner, CHUNK):
         total += a[:, k : k + CHUNK] @ b[:, k : k + CHUNK].T
@@ -333,7 +330,6 @@ def torus(node: Any, kernel: Array, c: float, where: str, lost: float) -> bool:
 
 
 def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
-    """Prove that the norm of an operator is at most c."""
     weights, sizes, where = Weights(arrays), Weights(arrays, True), region["name"]
     need("opaque" not in region, WITHIN, region.get("opaque"), where, "limit")
     if "nodes" not in region:  # a learned slope, or a copying call by how often it copies
@@ -375,7 +371,6 @@ def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
 
 
 def compose(tape: Any, norms: list[float]) -> list[float]:
-    """Value of every instruction of the tape, rounded up."""
     steps: Any = {"add": float.__add__, "hypot": math.hypot, "max": max, "mul": float.__mul__}
     values: list[float] = []
     for op, *args in tape:
@@ -393,7 +388,6 @@ def compose(tape: Any, norms: list[float]) -> list[float]:
 
 
 def apart(head: Array, error: Array, c: int) -> Array:
-    """Upper bounds of the lengths of w_c - w_j."""
     d, rounded = head - head[c], error + error[c]
     exponent = math.frexp(float(np.abs(d).max(initial=0.0)))[1]
     found = np.sqrt(np.square(np.ldexp(d, -exponent)).sum(1)) + 2.0**-400
@@ -403,7 +397,6 @@ def apart(head: Array, error: Array, c: int) -> Array:
 
 
 def check_samples(header: Any, arrays: Any, scale: float, away: Any, drift: Any = None) -> None:
-    """Judge every prediction, margin and radius from the stored logits."""
     label, error, logits, margin, c, radius = (arrays.get(n) for n in ARRAYS)
     n, k, label = len(radius), header["classes"], c if label is None else label
     fits = {len(a) for a in (label, error, margin, c, radius)} == {n} and len(logits) == n * k
