@@ -33,6 +33,7 @@ from lmtfast.execution import Execution, recursion
 from lmtfast.execution.recursion import Affine, ExecutionError, execution_error
 from lmtfast.execution.steps import executed_program
 from lmtfast.guarantee import plan_bound
+from lmtfast.level import RIGOROUS
 from lmtfast.plan import make_plan
 from lmtfast.profiles import PROFILES
 from lmtfast.tracing import trace_model
@@ -69,7 +70,7 @@ class Prepared:
     def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
         self.model, self.shape, self.traced = model, shape, trace_model(model, shape)
         plan = make_plan(model, self.traced.graph, engine="operator", backend="reference")
-        self.bound = plan_bound(plan, model, level="rigorous")
+        self.bound = plan_bound(plan, model, level=RIGOROUS)
 
     def execution(self, profile: str) -> Execution:
         return Execution(self.model, self.traced, PROFILES[profile])
