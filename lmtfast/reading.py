@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,25 +34,31 @@ class ModelReader:
         self._remember()
 
     def _check(self) -> None:
-        if self._unchanged() and all(settings.unchanged() for settings in self._settings):
+        same = self._unchanged()
+        if same and all(settings.unchanged() for settings in self._settings):
             return
         self.plan.check_fresh(self.model)
+        changed = [{*settings.differences()} for settings in self._settings]
         if trace_model(self.model, self.plan.graph.input_shape).graph != self.plan.graph:
-            found = ((type(s.module).__name__, s.difference()) for s in self._settings)
-            changed = [f"{kind}.{name}" for kind, name in found if name]
+            found = zip(self._settings, changed, strict=True)
+            names = [f"{type(s.module).__name__}.{name}" for s, c in found for name in sorted(c)]
             raise StalePlanError(
                 "the program that was traced",
-                ", ".join(changed[:3]) or "other modules",
+                ", ".join(names[:3]) or "other modules",
                 type(self.model).__name__,
                 "make a new NetworkBound after changing a layer's settings, hooks or forward",
             )
-        self._remember()
+        known = zip(self._settings, changed, strict=True)
+        self._remember([s.idle_after(c) for s, c in known] if same else None)
 
-    def _remember(self) -> None:
+    def _remember(self, idle: Sequence[Collection[str]] | None = None) -> None:
         self.plan.check_fresh(self.model)
         modules = list(self.model.modules())
         constants = set(constants_in(self.plan.graph))
-        self._settings = [ModuleSettings(m, constants) for m in modules]
+        idle = idle or [()] * len(modules)
+        self._settings = [
+            ModuleSettings(m, constants, names) for m, names in zip(modules, idle, strict=True)
+        ]
         self._modules = [(m, type(m), tuple(m._modules.values())) for m in modules]
         self._shapes: list[tuple[dict[str, Any], tuple[tuple[str, torch.Size], ...]]] = []
         for m in modules:

@@ -30,10 +30,18 @@ class ModuleSettings:
     Args:
         module: The module.
         constants: The constants of the plan.
+        idle: Attributes that were seen to change without changing the traced program, such as a
+            counter of calls; they are not looked at.
     """
 
-    def __init__(self, module: nn.Module, constants: Collection[ConstantRef]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        constants: Collection[ConstantRef],
+        idle: Collection[str] = (),
+    ) -> None:
         self.module = module
+        self.idle = frozenset(idle)
         self._code = _code(module)
         self._hooks = _hooks(module)
         self._attributes: dict[str, Any] = {}
@@ -44,7 +52,7 @@ class ModuleSettings:
             if isinstance(value, Tensor):
                 if constants and not value.is_meta and constant_ref(value) in constants:
                     self._tensors[name] = value.detach().clone()
-            elif name not in _COMMON:
+            elif name not in _COMMON and name not in self.idle:
                 self._attributes[name] = value
                 if (content := _content(value)) is not None:
                     self._containers[name] = content
@@ -73,27 +81,33 @@ class ModuleSettings:
         )
         for name, content in self._containers.items():
             same = same and _content(now.get(name)) == content
-        return same or not self.difference()
+        return same or not any(self.differences())
 
-    def difference(self) -> str:
-        """Name of the first setting that changed; empty if none did."""
+    def differences(self) -> Iterator[str]:
+        """Names of the settings that changed."""
         now = vars(self.module)
         if _code(self.module) != self._code:
-            return "forward"
+            yield "forward"
         if _hooks(self.module) != self._hooks:
-            return "hooks"
+            yield "hooks"
         for name, value in self._attributes.items():
             if not _same(now.get(name, ...), value):
-                return name
+                yield name
         for name, value in self._containers.items():
             if _content(now.get(name)) != value:
-                return name
+                yield name
         for name, tensor in self._tensors.items():
             found = now.get(name)
             if not isinstance(found, Tensor) or not torch.equal(found, tensor):
-                return name
-        added = now.keys() - self._attributes.keys() - _COMMON
-        return next((n for n in sorted(added) if not isinstance(now[n], Tensor)), "")
+                yield name
+        added = now.keys() - self._attributes.keys() - _COMMON - self.idle
+        yield from (name for name in sorted(added) if not isinstance(now[name], Tensor))
+
+    def idle_after(self, changed: Collection[str]) -> frozenset[str]:
+        """What is idle once these changed and the program stayed the same: none of the settings
+        that a layer's class lists as constants of its forward."""
+        listed = getattr(type(self.module), "__constants__", ())
+        return self.idle | (frozenset(changed) - frozenset(listed))
 
 
 def _code(module: nn.Module) -> tuple[object, object]:

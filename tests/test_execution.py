@@ -164,7 +164,7 @@ def test_what_storage_does_not_represent_is_refused(x: Tensor) -> None:
 
 
 def test_casts_to_sixteen_bits_are_refused() -> None:
-    model = Lambda(lambda x, layer: layer(x.half().float()), layer=nn.Linear(2, 2)).eval()
+    model = Lambda(lambda m, x: m.layer(x.half().float()), layer=nn.Linear(2, 2)).eval()
     with pytest.raises(NotCertifiedError, match="cast"):
         run(model, torch.ones(1, 2))
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import lmtfast as lf
+from lmtfast import reading
 from lmtfast.errors import LmtfastError, NotCertifiedError, StalePlanError
 from tests.soundness.routes import BODIES, NAMES, ROUTES, SHAPE, Net, Route, build, mapped
 
@@ -160,3 +161,37 @@ def test_a_change_without_effect_on_the_bound_is_no_refusal() -> None:
     # Found equal once, it is compared with the new state: no further trace.
     assert bound._reader._unchanged()
     assert all(settings.unchanged() for settings in bound._reader._settings)
+
+
+class Counting(nn.Module):
+    """Counts its calls, which no bound depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x)
+
+
+def test_a_counter_is_traced_again_once_and_not_at_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Counting()
+    bound = lf.NetworkBound(model, (3,))
+    trace_model, traced = reading.trace_model, []
+
+    def counted(*arguments: object) -> object:
+        traced.append(arguments)
+        return trace_model(*arguments)
+
+    monkeypatch.setattr(reading, "trace_model", counted)
+    for _ in range(5):
+        model(torch.rand(2, 3))
+        bound()
+    assert len(traced) == 1
+    model.linear = nn.Sequential(model.linear, nn.Linear(2, 2))
+    with pytest.raises(StalePlanError):
+        bound()
