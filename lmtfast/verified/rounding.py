@@ -46,14 +46,16 @@ def next_down(x: float) -> float:
 
 def _operands(where: str, *values: float) -> bool:
     """True when all operands are finite; raises on NaN."""
-    if any(math.isnan(v) for v in values):
+    if all(map(math.isfinite, values)):
+        return True
+    if any(map(math.isnan, values)):
         raise NonFiniteError(
             "real numbers or plus infinity",
             f"NaN among {values}",
             where,
             "check weights and inputs for NaN before asking for a bound",
         )
-    return not any(math.isinf(v) for v in values)
+    return False
 
 
 def _nearest(p: int, q: int) -> float:
@@ -244,17 +246,20 @@ def gamma_up(n: int) -> float:
 def inflate(computed: float, depth: int, count: int) -> float:
     """Upper bound of a sum of nonnegative terms from its computed value.
 
+    ``computed / (1 - gamma) + 2 count UNDERFLOW``, where ``1 / (1 - gamma)`` is exactly
+    ``(2**53 - depth) / (2**53 - 2 depth)``: one fraction, rounded once.
+
     Args:
         computed: Float64 value of the sum, finite and nonnegative.
         depth: Largest number of roundings any term passes through, its own included.
         count: Number of terms, each of which may underflow once by at most ``UNDERFLOW``.
     """
-    gamma = gamma_up(depth)
-    if gamma >= 1.0:
+    whole = 1 << 53
+    if not _operands("inflate", computed) or 2 * depth >= whole:
         return math.inf
-    return add_up(
-        div_up(computed, sub_down(1.0, gamma)), mul_up(mul_up(float(count), 2.0), UNDERFLOW)
-    )
+    (p, q), (r, s) = float(computed).as_integer_ratio(), UNDERFLOW.as_integer_ratio()
+    rest = whole - 2 * depth
+    return ratio_up(p * (whole - depth) * s + 2 * count * r * q * rest, q * rest * s)
 
 
 def require_float64(tensor: torch.Tensor, where: str) -> None:

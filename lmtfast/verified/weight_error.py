@@ -177,6 +177,9 @@ def majorant(op: Conv | Linear, weights: Weights) -> Tensor:
 
 def in_range(region: Region, weights: Weights) -> bool:
     """Whether no product of weights along the region can underflow or overflow."""
+    op = region.primitive
+    if isinstance(op, (Conv, Linear)) and weight_roundings(op) == 0:
+        return True
     low = high = 0
     for node in region.nodes:
         for size in _factors(node.op, weights):
@@ -184,9 +187,6 @@ def in_range(region: Region, weights: Weights) -> bool:
             if size.numel():
                 low += min(0, math.frexp(float(size.min()))[1])
                 high += max(0, math.frexp(float(size.max()))[1])
-    op = region.primitive
-    if isinstance(op, (Conv, Linear)) and weight_roundings(op) == 0:
-        return True
     # Scales appear as reciprocals too, so both sides count together.
     return high - low < SAFE_EXPONENT
 
