@@ -32,24 +32,22 @@ def is_positive_semidefinite(matrix: list[list[int]]) -> bool:
 
     A zero pivot is allowed only with a zero row: a positive semidefinite matrix has no other.
     """
-    a, previous, n = [row[:] for row in matrix], 1, len(matrix)
-    live = list(range(n))
+    a, previous, live = [row[:] for row in matrix], 1, list(range(len(matrix)))
     while live:
-        pivots = [i for i in live if a[i][i] != 0]
         if any(a[i][i] < 0 for i in live):
             return False
-        if not pivots:
-            return all(a[i][j] == 0 for i in live for j in live)
-        if any(a[i][i] == 0 and any(a[i][j] for j in live) for i in live):
+        empty = [i for i in live if a[i][i] == 0]
+        if any(a[i][j] for i in empty for j in live):
             return False
-        k = pivots[0]
-        live = [i for i in live if a[i][i] != 0 and i != k]
+        live = [i for i in live if a[i][i] != 0]
+        if not live:
+            return True
+        k = live.pop(0)
         pivot, row = a[k][k], a[k]
-        for i in live:
-            factor = a[i][k]
-            target = a[i]
-            for j in live:
-                target[j] = (target[j] * pivot - factor * row[j]) // previous
+        for at, i in enumerate(live):
+            factor, target = row[i], a[i]
+            for j in live[at:]:
+                target[j] = a[j][i] = (target[j] * pivot - factor * row[j]) // previous
         previous = pivot
     return True
 
@@ -63,12 +61,17 @@ def norm_is_at_most(matrix: np.ndarray, bound: float) -> bool:
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.size == 0:
         return True
-    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    rows, shift = _integers(small)
+    return integer_norm_is_at_most(*_integers(matrix), bound)
+
+
+def integer_norm_is_at_most(rows: list[list[int]], shift: int, bound: float) -> bool:
+    """Exact: the same for the matrix ``rows * 2**-shift``, for a finite bound >= 0."""
+    if len(rows) > len(rows[0]):
+        rows = [list(column) for column in zip(*rows, strict=True)]
     gram = _multiply(rows, [list(column) for column in zip(*rows, strict=True)])
     p, q = float(bound).as_integer_ratio()
     # c^2 4^shift q^2 - q^2 gram, scaled to integers
-    square = (p << shift) ** 2
+    square, q = (p << max(shift, 0)) ** 2, q << max(-shift, 0)
     shifted = [[-q * q * g for g in row] for row in gram]
     for i in range(len(shifted)):
         shifted[i][i] += square
