@@ -204,10 +204,8 @@ def _norm_upper(real: torch.Tensor, imag: torch.Tensor | None, entry_error: floa
     sweep, squares, rows_columns, step = ResidualSweep(), 0.0, 0.0, chunk_size(m, n)
     for start in range(0, batch, step):
         chunk = [times_power_of_two(part[start : start + step], -exponent) for part in parts]
-        squares = max(squares, largest_square_sum(*chunk))
-        rows_columns = max(rows_columns, row_column_up(*chunk))
-        if min(m, n) > 1:
-            sweep.feed(*chunk)
+        found = sweep.feed(*chunk) if min(m, n) > 1 else largest_square_sum(*chunk)
+        squares, rows_columns = max(squares, found), max(rows_columns, row_column_up(*chunk))
     bounds = [(sqrt_up(squares), "frobenius"), (rows_columns, "row-column")]
     estimate = math.sqrt(squares)
     if min(m, n) > 1:

@@ -54,6 +54,7 @@ from lmtfast.verified.lanczos import top_eigenvalue
 from lmtfast.verified.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
+    add_up,
     gamma_up,
     inflate,
     largest_square_sum,
@@ -148,8 +149,11 @@ class ResidualSweep:
         self.estimate = 0.0
         self._guess = 0.0
 
-    def feed(self, real: torch.Tensor, imag: torch.Tensor | None = None) -> None:
-        """Take in a chunk (B, m, n) of finite float64 matrices, real or in two parts."""
+    def feed(self, real: torch.Tensor, imag: torch.Tensor | None = None) -> float:
+        """Take in a chunk (B, m, n) of finite float64 matrices, real or in two parts.
+
+        Returns an upper bound on the largest of their squared Frobenius norms.
+        """
         if real.shape[-2] > real.shape[-1]:
             real, imag = real.mT, None if imag is None else imag.mT
         parts_real, parts_imag = _products(real, imag)
@@ -158,16 +162,10 @@ class ResidualSweep:
         m, n = real.shape[-2:]
         kappa, count = (1.0, 1) if imag is None else (next_up(math.sqrt(2.0)), 2)
         gamma = gamma_up(product_depth(count, n))
-        known = sum_up(
-            (
-                mul_up(
-                    kappa,
-                    mul_up(gamma, largest_square_sum(*(t for t in (real, imag) if t is not None))),
-                ),
-                mul_up(8.0 * m * count * (n + m), UNDERFLOW),
-            )
-        )
-        self._search(gram_real, gram_imag, known)
+        squares = largest_square_sum(*(t for t in (real, imag) if t is not None))
+        underflow = mul_up(8.0 * m * count * (n + m), UNDERFLOW)
+        self._search(gram_real, gram_imag, add_up(mul_up(kappa, mul_up(gamma, squares)), underflow))
+        return squares
 
     def _search(self, real: torch.Tensor, imag: torch.Tensor | None, known: float) -> None:
         """Raise the guess until every member accepts it."""

@@ -330,13 +330,17 @@ def largest_square_sum(*parts: torch.Tensor) -> float:
             imaginary parts), so scaled that no square overflows; sums run over everything but the
             first dimension, and over the parts.
     """
-    count = parts[0][0].numel()
+    batch = parts[0].shape[0]
+    count = parts[0].numel() // batch
     cut = count - count % _SUM_WIDTH
-    sums = torch.zeros((), dtype=torch.float64, device=parts[0].device)
+    totals = []
     for part in parts:
-        squares = part.reshape(len(part), -1).square()
-        head = squares[:, :cut].view(len(part), -1, _SUM_WIDTH)
-        sums = sums + (head.sum(-1).sum(-1) + squares[:, cut:].sum(-1))
+        squares = part.reshape(batch, -1).square()
+        total = squares[:, cut:].sum(-1)
+        if cut:
+            total += squares[:, :cut].view(batch, -1, _SUM_WIDTH).sum(-1).sum(-1)
+        totals.append(total)
+    sums = sum(totals[1:], totals[0])
     depth = _SUM_WIDTH + count // _SUM_WIDTH + 2 + len(parts)
     return inflate(float(sums.amax()), depth, len(parts) * count)
 

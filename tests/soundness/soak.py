@@ -67,7 +67,7 @@ def _matrices(rng: random.Random) -> Plan:
     sides += [(n, n) for n in (1, 2, 4, 8, 16, 32, rng.randint(3, 31), rng.randint(3, 31))]
     long = [(rng.randint(1, 6), int(2 ** rng.uniform(5, 9))) for _ in range(4)]
     sides += [side if rng.random() < 0.5 else side[::-1] for side in long]
-    return Plan(tuple(linear(m, n) for m, n in sides), "auto", 30, 40)
+    return Plan(tuple(linear(m, n) for m, n in sides), "auto", 40, 40)
 
 
 def _convs(rng: random.Random, count: int) -> list[Site]:
@@ -84,7 +84,7 @@ def _small(rng: random.Random, number: int) -> Plan:
     if turn == 3:
         return Plan(tuple(_convs(rng, 32)), "auto", 20, 25)
     if turn == 4:
-        return Plan(tuple(make(rng) for make in COMPOSITES for _ in range(3)), "auto", 16, 25)
+        return Plan(tuple(make(rng) for make in COMPOSITES for _ in range(3)), "auto", 8, 25)
     if turn == 5:
         return Plan(tuple(_convs(rng, 8)), rng.choice(("banded", "torus")), 8, 25)
     return _matrices(rng)
@@ -93,13 +93,14 @@ def _small(rng: random.Random, number: int) -> Plan:
 def _medium(rng: random.Random, number: int) -> Plan:
     sites = []
     for _ in range(6):
+        most = 12 if rng.random() < 0.1 else 9.5
         if number % 5 == 4:
-            sites.append(larger_conv(rng, int(2 ** rng.uniform(6, 11))))
+            sites.append(larger_conv(rng, int(2 ** rng.uniform(6, most))))
             continue
-        short = int(2 ** rng.uniform(5.05, 10 if rng.random() < 0.05 else 7.7))
+        short = int((SMALL + 1) * 2 ** min(4.95, rng.expovariate(1.2)))
         long = min(1024, int(short * 2 ** abs(rng.gauss(0, 1))))
         sites.append(linear(*((short, long) if rng.random() < 0.5 else (long, short))))
-    return Plan(tuple(sites), "auto", 4, 4)
+    return Plan(tuple(sites), "auto", 10, 4)
 
 
 SIZES: dict[str, Callable[[random.Random, int], Plan]] = {"small": _small, "medium": _medium}
