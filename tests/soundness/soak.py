@@ -219,6 +219,13 @@ def lines(counter: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, counter.read_text(encoding="utf-8").splitlines())
 
 
+def total(counter: Path, size: str) -> str:
+    """One line on everything that the counter has seen of a size."""
+    found = [line for line in lines(counter) if line["size"] == size]
+    count, exact, unsound = (sum(line[k] for line in found) for k in ("count", "exact", "unsound"))
+    return f"{count} sets, {exact} by Bareiss as well, {unsound} unsound"
+
+
 def append(counter: Path, tally: Tally) -> None:
     """One write and a sync: a line is there whole or not at all."""
     counter.parent.mkdir(parents=True, exist_ok=True)
@@ -253,6 +260,8 @@ def main() -> int:
     parser.add_argument("--counter", type=Path, default=COUNTER)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    for size in SIZES:
+        print(f"{size} so far: {total(options.counter, size)}", flush=True)
     end = time.monotonic() + options.seconds
     open_sizes = ["small", "medium"]
     while open_sizes and time.monotonic() < end:
