@@ -31,6 +31,7 @@ import torch
 import lmtfast as lf
 from benchmarks.machine import ROOT, output, processor
 from lmtfast.guarantee import plan_bound
+from lmtfast.level import RIGOROUS
 from tests.cases import Parallel
 from tests.soundness.rayleigh import bareiss_accepts, judge
 from tests.soundness.sites import COMPOSITES, Site, larger_conv, linear, small_conv
@@ -174,7 +175,7 @@ def run_plan(tally: Tally, number: int, limit: int | None = None) -> None:
                 tensors |= {
                     f"layers.{i}.{w}": t[r] for w, t in zip(site.weights, weights, strict=True)
                 }
-            bound = plan_bound(traced, net, level="rigorous", method=plan.method, tensors=tensors)
+            bound = plan_bound(traced, net, level=RIGOROUS, method=plan.method, tensors=tensors)
             bounds.append(list(bound.per_operator.values()))
             methods.append(list(bound.methods.values()))
         for i, (site, name) in enumerate(zip(plan.sites, names, strict=True)):
