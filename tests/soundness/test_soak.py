@@ -19,7 +19,7 @@ from torch import Tensor
 from lmtfast.verified import residual
 from tests.cases import unit_matrix
 from tests.oracles import conv_matrix, svd_norm
-from tests.soundness import soak
+from tests.soundness import rayleigh, soak
 from tests.soundness.rayleigh import LONGEST_ROW, Pattern, bareiss_accepts, judge, limbs
 from tests.soundness.sites import COMPOSITES, Site, larger_conv, linear, small_conv
 from tests.soundness.soak import COUNTER, Plan, Tally, lines, run_plan, run_stretch
@@ -109,6 +109,14 @@ def test_the_judge_sees_a_few_units_for_any_matrix(m: int, n: int) -> None:
     norms = np.array([svd_norm(v.reshape(m, n)) for v in values])
     assert judge(Pattern.dense(m, n), values, norms * (1.0 - 2.0**-48)).unsound.all()
     assert not judge(Pattern.dense(m, n), values, norms * (1.0 + 2.0**-48)).unsound.any()
+
+
+def test_large_sides_are_judged_through_a_krylov_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rayleigh, "SOLVED", 100)
+    values = np.random.default_rng(0).standard_normal((2, 150 * 170))
+    norms = np.array([svd_norm(v.reshape(150, 170)) for v in values])
+    assert judge(Pattern.dense(150, 170), values, norms * (1.0 - 2.0**-30)).unsound.all()
+    assert not judge(Pattern.dense(150, 170), values, norms * (1.0 + 2.0**-48)).unsound.any()
 
 
 def test_the_judge_refuses_what_is_no_bound() -> None:
