@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -155,15 +156,17 @@ def _draw(site: Site, name: str, rng: np.random.Generator, rounds: int) -> list[
     ]
 
 
-def run_plan(tally: Tally, number: int, limit: int | None = None) -> None:
-    """Draw, bound and judge the sets of one plan; ``limit`` blocks at most."""
+def run_plan(tally: Tally, number: int, until: float = math.inf) -> None:
+    """Draw, bound and judge the sets of one plan; after that moment, only its first block."""
     choice = random.Random(f"{tally.seed} {tally.size} {number}")
     plan = SIZES[tally.size](choice, number)
     net = Parallel(list(plan.sites)).eval()
     traced = lf.trace(net, (net.length,))
     assert [o.in_shape for o in traced.operators] == [s.shape for s in plan.sites]
     rng = np.random.default_rng([tally.seed, number, len(tally.size)])
-    for block in range(min(plan.blocks, limit or plan.blocks)):
+    for block in range(plan.blocks):
+        if block and time.monotonic() > until:
+            break
         names = [choice.choice(site.generators or tuple(GENERATORS)) for site in plan.sites]
         drawn = [
             _draw(s, name, rng, plan.rounds) for s, name in zip(plan.sites, names, strict=True)
@@ -245,7 +248,7 @@ def run_stretch(counter: Path, size: str, seed: int, wanted: int, seconds: float
     left = wanted - sum(d["count"] for d in done)
     start = time.monotonic()
     while tally.count < left and tally.seconds < seconds and not tally.unsound:
-        run_plan(tally, tally.first + tally.plans)
+        run_plan(tally, tally.first + tally.plans, start + seconds)
         tally.seconds = time.monotonic() - start
     if tally.plans:
         append(counter, tally)

@@ -149,11 +149,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tiny")
 def test_a_short_soak_finds_nothing_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     counter = tmp_path / "soak" / "counter.jsonl"
-    first = run_stretch(counter, "small", 3, wanted=1, seconds=60.0)
+    first = run_stretch(counter, "small", 3, wanted=1, seconds=math.inf)
     assert (first.first, first.plans, first.count, first.unsound) == (0, 1, 160, 0)
     assert first.exact > 6
-    assert run_stretch(counter, "small", 3, wanted=160, seconds=60.0).plans == 0
-    second = run_stretch(counter, "small", 3, wanted=161, seconds=60.0)
+    assert run_stretch(counter, "small", 3, wanted=160, seconds=math.inf).plans == 0
+    second = run_stretch(counter, "small", 3, wanted=161, seconds=math.inf)
     assert (second.first, second.count, second.unsound) == (1, 160, 0)
     assert run_stretch(counter, "small", 3, wanted=999, seconds=0.0).plans == 0
     check(list(lines(counter)), clean=False)
@@ -177,7 +177,7 @@ def test_a_dropped_gamma_term_is_found(
 ) -> None:
     monkeypatch.setattr(residual, "block_row", rounded_down(residual.block_row))
     honest = Tally("small", 3, 0)
-    run_plan(honest, 0, limit=2)
+    run_plan(honest, 0)
     assert honest.unsound == 0
     monkeypatch.setattr(residual, "gamma_up", lambda depth: 0.0)
     counter = tmp_path / "counter.jsonl"
@@ -201,7 +201,8 @@ def test_bounds_a_trifle_too_small_are_found(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(soak, "plan_bound", short)
     tally = Tally("small", 3, 0)
-    run_plan(tally, 0, limit=1)
+    run_plan(tally, 0, until=0.0)
+    assert tally.count == 40
     # Zero stays zero, and a unit of the denormal range is far more than 2^-36.
     assert tally.unsound > 0.8 * tally.count
 
