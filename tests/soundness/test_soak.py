@@ -146,6 +146,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "BAREISS_EVERY", 20)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_a_short_soak_finds_nothing_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     counter = tmp_path / "soak" / "counter.jsonl"
