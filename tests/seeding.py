@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A pytest plugin that runs the suite on kernels with a bug: ``-p tests.seeding``.
+"""A pytest plugin that runs the suite on code with a bug: ``-p tests.seeding``.
 
-``LMTFAST_SEEDED_KERNELS`` is a folder whose files replace those of ``lmtfast.kernels``;
-``LMTFAST_SEEDED_TREE`` is a source tree whose CUDA kernels are emulated instead of this one's.
+``LMTFAST_SEEDED_MODULES`` is a folder of modules that replace the library's, each in a file of its
+full name (``lmtfast.radius.py``); ``LMTFAST_SEEDED_TREE`` is a source tree whose CUDA kernels are
+emulated instead of this one's.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-KERNELS, TREE = "LMTFAST_SEEDED_KERNELS", "LMTFAST_SEEDED_TREE"
+MODULES, TREE = "LMTFAST_SEEDED_MODULES", "LMTFAST_SEEDED_TREE"
 
 
-class SeededKernels(importlib.abc.MetaPathFinder):
-    """Finds a kernel's module in the folder before its package does."""
+class SeededModules(importlib.abc.MetaPathFinder):
+    """Finds a module in the folder before its package does."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,16 +29,16 @@ class SeededKernels(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, stem = name.rpartition(".")
-        file = self.folder / f"{stem}.py"
-        if package != "lmtfast.kernels" or not file.exists():
-            return None
-        return importlib.util.spec_from_file_location(name, file)
+        file = self.folder / f"{name}.py"
+        return importlib.util.spec_from_file_location(name, file) if file.exists() else None
+
+
+# Before the first conftest imports the library.
+if MODULES in os.environ:
+    sys.meta_path.insert(0, SeededModules(Path(os.environ[MODULES])))
 
 
 def pytest_configure() -> None:
-    if KERNELS in os.environ:
-        sys.meta_path.insert(0, SeededKernels(Path(os.environ[KERNELS])))
     if TREE in os.environ:
         from tests import emulation
 
