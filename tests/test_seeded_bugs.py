@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.seeding import KERNELS, TREE
+from tests.seeding import MODULES, TREE
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,8 +252,9 @@ def contract(bug: Bug, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_a_seeded_bug_is_caught(bug: Bug, tree: Path, tmp_path: Path) -> None:
     text = (ROOT / bug.file).read_text(encoding="utf-8")
     if bug.file.startswith("kernels/"):
-        (tmp_path / Path(bug.file).name).write_text(seeded(bug, text), encoding="utf-8")
-        result = contract(bug, **{KERNELS: str(tmp_path)})
+        module = f"lmtfast.kernels.{Path(bug.file).name}"
+        (tmp_path / module).write_text(seeded(bug, text), encoding="utf-8")
+        result = contract(bug, **{MODULES: str(tmp_path)})
     else:
         target = tree / bug.file
         target.write_text(seeded(bug, text), encoding="utf-8")
@@ -280,6 +281,6 @@ def test_the_contracts_hold_without_a_bug(
 ) -> None:
     """The same command on the same copies passes, so that only the bug can make it fail."""
     clean = Bug("none", "", "", "", suite, select)
-    where = {TREE: str(tree)} if select.startswith("cuda") else {KERNELS: str(tmp_path)}
+    where = {TREE: str(tree)} if select.startswith("cuda") else {MODULES: str(tmp_path)}
     result = contract(clean, **where)
     assert result.returncode == 0, result.stdout[-3000:]
