@@ -54,7 +54,8 @@ def test_a_sum_that_lost_all_it_may_is_raised_again(depth: int, exact: Fraction)
     computed = float(lowest)
     if Fraction(computed) > lowest:
         computed = math.nextafter(computed, 0.0)
-    assert Fraction(inflate(computed, depth + 1, 1)) >= exact
+    # Rounding down to a float costs up to two more units.
+    assert Fraction(inflate(computed, depth + 2, 1)) >= exact
 
 
 def test_a_sum_of_products_that_all_vanished_is_positive() -> None:
