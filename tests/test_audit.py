@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmtfast as lf
-from lmtfast.errors import NotCertifiedError, UnsupportedLayerError
+from lmtfast.errors import ArgumentError, NotCertifiedError, UnsupportedLayerError
 from lmtfast.verification import verify_certificate
 from tests.cases import Lambda
 
@@ -185,10 +185,12 @@ def test_verification_reads_every_claim():
     assert verify_certificate(certificate, model, (x, certificate.label)) == []
     slightly = tuple((n, m, v * (1 - 2.0**-24)) for n, m, v in certificate.operators)
     claims: list[dict[str, Any]] = [
-        {"assumptions": ()}, {"norm": "linf"}, {"semantics": "executed"}, {"operators": slightly},
+        {"assumptions": ()}, {"norm": "linf"}, {"operators": slightly},
     ]  # fmt: skip
     for claim in claims:
         assert verify_certificate(dataclasses.replace(certificate, **claim), model) != []
+    with pytest.raises(ArgumentError, match="semantics"):
+        verify_certificate(dataclasses.replace(certificate, semantics="executed"), model)
     # Labels nobody checked.
     assert any("labels" in f for f in verify_certificate(certificate, model, x))
 
