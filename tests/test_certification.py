@@ -256,10 +256,10 @@ def test_weights_changed_between_bound_and_use_do_not_enter(
     honest = certified(model, x)
     original, logits = certification.sample_radii, []
 
-    def meddling(subject: Any, *rest: Any) -> Any:
+    def meddling(subject: Any, *rest: Any, **options: Any) -> Any:
         with torch.no_grad():
             model[0].weight.mul_(100.0)
-        columns = original(subject, *rest)
+        columns = original(subject, *rest, **options)
         logits.append(columns["prediction_radius"])
         return columns
 
