@@ -24,7 +24,7 @@ from lmtfast.checkpoint import load_checkpoint
 from lmtfast.data import Dataset, load_dataset
 from lmtfast.profiles import PROFILES
 
-CHANNELS, DEPTH, EPOCHS, BATCH, EPS = 16, 16, 20, 64, 0.5
+CHANNELS, DEPTH, EPOCHS, BATCH, EPS = 16, 16, 10, 64, 0.05
 CLEAR = 0.01
 
 
@@ -42,7 +42,7 @@ def deep_network(data: Dataset, seed: int = 0) -> nn.Module:
     head = nn.Linear(CHANNELS * size[0] * size[1], data.classes)
     model = nn.Sequential(*layers, nn.Flatten(), head)
     bound = lf.NetworkBound(model, data.input_shape)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for epoch in range(EPOCHS):
         order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(epoch))
         for batch in order.split(BATCH):
