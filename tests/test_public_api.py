@@ -31,7 +31,7 @@ SIGNATURES = {
     "certified_bound": "(model, input_shape, *, level='rigorous', delta=None, method='auto', "
     "budget=None, draw='fresh', device='cpu')",
     "certify": "(model, data, *, input_shape, input_range, level='rigorous', method='auto', "
-    "budget=None, delta=None, draw='fresh', device='cpu', progress=None)",
+    "budget=None, delta=None, draw='fresh', device='cpu', semantics='ideal', progress=None)",
     "conv_spectral_norm": "(weight, input_shape, *, stride=1, padding=0, dilation=1, groups=1, "
     "padding_mode='zeros', transposed=False, level='rigorous')",
     "load_certificate": "(path)",
