@@ -22,7 +22,7 @@ from lmtfast.graph import Derived
 from lmtfast.guarantee import check_method
 from lmtfast.level import Level
 from lmtfast.profiles import IDEAL, profile_of
-from lmtfast.radius import PairTable, canonical_up, radius_lower
+from lmtfast.radius import PairTable, canonical_up, radius_lower, raised_sum
 from lmtfast.samples import Samples, check_input_range
 from lmtfast.subject import Subject, prepare
 from lmtfast.verified.arithmetic import ensure_arithmetic
@@ -209,7 +209,7 @@ def sample_radii(
                 given = torch.from_numpy(np.array(part))
                 conforms = (given - stored).abs() <= 2.0 * execution_error.whole.constant
                 stored = torch.where(conforms.all(1, keepdim=True), given, stored)
-            value, error = stored, _sum_up((stored - value).abs(), error)
+            value, error = stored, raised_sum((stored - value).abs(), error)
         value, largest = _stated(value, error)
         errors = largest[:, None].expand_as(value)
         with on_host():
@@ -236,12 +236,6 @@ def sample_radii(
         "logits": logits.reshape(-1, subject.classes).numpy(),
         "logit_error": error.numpy(),
     }
-
-
-def _sum_up(a: Tensor, b: Tensor) -> Tensor:
-    """A sum of nonnegative terms rounded up, the first one a rounded difference."""
-    up = torch.full((), math.inf).double()
-    return torch.nextafter(torch.nextafter(a, up) + b, up)
 
 
 def _stated(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

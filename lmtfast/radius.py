@@ -148,8 +148,8 @@ def radius_lower(
     else:
         # e_c - e_j is at most ||w_c - w_j|| times the features' error, and sqrt(2) times the rest.
         slope = add_up(lipschitz, execution.features.slope)
-        reach = _sum_up(slope * pair, mul_up(SQRT2_UP, execution.logits.slope))
-        moved = _sum_up(
+        reach = raised_sum(slope * pair, mul_up(SQRT2_UP, execution.logits.slope))
+        moved = raised_sum(
             execution.features.constant * pair, mul_up(SQRT2_UP, execution.logits.constant)
         )
         room = torch.nextafter(margin - moved, down)
@@ -170,7 +170,7 @@ def radius_lower(
     return prediction, torch.where(margin_lower > 0, radius, zero), margin_lower
 
 
-def _sum_up(product: Tensor, constant: float) -> Tensor:
-    """A sum rounded up whose first term is a product just computed, itself rounded up first."""
+def raised_sum(a: Tensor, b: Tensor | float) -> Tensor:
+    """Upper bound of ``a + b`` for float64 ``a`` that is itself the result of one rounding."""
     up = torch.full((), math.inf).double()
-    return torch.nextafter(torch.nextafter(product, up) + constant, up)
+    return torch.nextafter(torch.nextafter(a, up) + b, up)
