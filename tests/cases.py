@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ from tests.oracles import conv_matrix
 
 Shape = tuple[int, ...]
 MODES = ("circular", "reflect", "replicate")
+
+
+def sampled(names: Iterable[str], step: int) -> list[Any]:
+    """Parameters of a table: every ``step``-th runs by default, the others where slow ones do."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if i % step else ())
+        for i, name in enumerate(names)
+    ]
 
 
 class Lambda(nn.Module):

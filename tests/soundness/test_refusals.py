@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lmtfast as lf
 from lmtfast.errors import ArgumentError, LmtfastError, UnsupportedLayerError
 from lmtfast.rules.registry import MODULE_RULES, OPERATION_RULES
-from tests.cases import Lambda
+from tests.cases import Lambda, sampled
 from tests.oracles import rayleigh_exceeds
 from tests.soundness.operations import OPERATIONS, VARIANTS
 
@@ -230,40 +230,20 @@ def test_the_tables_have_the_sizes_they_promise() -> None:
     assert len(VARIANTS) >= 40
 
 
-def check_operation(name: str) -> None:
+@pytest.mark.parametrize("name", sampled(OPERATIONS, OFTEN))
+def test_an_operation_without_a_rule_is_refused_by_name(name: str) -> None:
     case = OPERATIONS[name]
     refused = judge(case.build().double(), case.shape, case.named)
     # Two of the table need no rule of their own: the identity, and a difference of known parts.
     assert refused or name in ("torch.conj_physical", "F.tanhshrink")
 
 
-def check_variant(name: str) -> None:
+@pytest.mark.parametrize("name", sampled(VARIANTS, OFTEN // 2))
+def test_an_unusual_argument_is_refused_or_bounded(name: str) -> None:
     module = VARIANTS[name].build().double().eval().requires_grad_(False)
     for tensor in module.parameters():
         tensor.copy_((torch.randn_like(tensor) * 256).round() / 256)
     judge(module, VARIANTS[name].shape, ())
-
-
-@pytest.mark.parametrize("name", tuple(OPERATIONS)[::OFTEN])
-def test_an_operation_without_a_rule_is_refused_by_name(name: str) -> None:
-    check_operation(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_without_a_rule_is_refused_by_name(name: str) -> None:
-    check_operation(name)
-
-
-@pytest.mark.parametrize("name", tuple(VARIANTS)[:: OFTEN // 2])
-def test_an_unusual_argument_is_refused_or_bounded(name: str) -> None:
-    check_variant(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_unusual_argument_is_refused_or_bounded(name: str) -> None:
-    check_variant(name)
 
 
 def test_a_cast_to_integers_is_refused_wherever_it_hides() -> None:

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import lmtfast as lf
 from lmtfast.errors import LmtfastError
+from tests.cases import sampled
 from tests.classifiers import UNIT
 
 Tamper = Callable[[nn.Sequential], Any]
@@ -286,7 +287,8 @@ def honest() -> lf.Certificate:
     return lf.certify(base(), x, input_shape=(3,), input_range=UNIT)
 
 
-def check(name: str) -> None:
+@pytest.mark.parametrize("name", sampled(EVERY, OFTEN))
+def test_a_module_that_pretends_is_certified_as_it_runs_or_refused(name: str) -> None:
     certificate, model, x = honest(), base(), torch.rand(4, 3, dtype=torch.float64)
     with torch.no_grad():
         before = model(x.clone())
@@ -297,17 +299,6 @@ def check(name: str) -> None:
         with pytest.raises(LmtfastError):
             certificate.verify(model)
     judge(model)
-
-
-@pytest.mark.parametrize("name", tuple(EVERY)[::OFTEN])
-def test_a_module_that_pretends_is_certified_as_it_runs_or_refused(name: str) -> None:
-    check(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
-def test_every_module_that_pretends_is_certified_as_it_runs_or_refused(name: str) -> None:
-    check(name)
 
 
 @pytest.mark.parametrize(
