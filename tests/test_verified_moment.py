@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lmtfast.errors import ArgumentError, DtypeError, NonFiniteError
+from lmtfast.verified import lanczos
 from lmtfast.verified.drawn import hashed_entropy
-from lmtfast.verified.lanczos import top_eigenvalue
+from lmtfast.verified.lanczos import top_eigenvalue, top_eigenvector
 from lmtfast.verified.moment import moment_norm_upper, normal_draw
 
 
@@ -145,3 +146,20 @@ def test_lanczos_finds_the_top_of_known_spectra() -> None:
         assert torch.allclose(theta, torch.full((2,), max(spectrum), dtype=torch.float64))
     zero, _ = top_eigenvalue(torch.zeros_like, 1, 5)
     assert float(zero) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lanczos_stops_where_repeated_eigenvalues_exhaust_the_space(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strided 1x1 convolution has as many distinct values as channels: what comes after them is
+    rounding, which must not be taken for directions."""
+    kernel = torch.randn(3, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    gram = torch.zeros(32, 32, dtype=dtype)
+    gram[:8, :8] = torch.kron(kernel.T @ kernel, torch.eye(4, dtype=dtype))
+    top = float(torch.linalg.eigvalsh(gram.double())[-1])
+    for seed in range(100):
+        start = torch.Generator().manual_seed(seed)
+        monkeypatch.setattr(lanczos, "fresh_generator", lambda device, start=start: start)
+        found = top_eigenvector(lambda v: v @ gram, 32, dtype=dtype, tolerance=1e-9).double()
+        assert float(found @ gram.double() @ found) > (1.0 - 1e-5) * top

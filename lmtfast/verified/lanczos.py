@@ -103,6 +103,8 @@ def _lanczos(
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
     basis = torch.zeros(batch, steps, dimension, dtype=dtype, device=device)
     tridiagonal = torch.zeros(batch, steps + 1, steps + 1, dtype=torch.float64, device=device)
+    # Below this a direction is rounding noise: taken for one, it ruins the orthogonality.
+    exhausted = 2.0**7 * torch.finfo(dtype).eps
     theta = error = torch.zeros(batch, dtype=torch.float64, device=device)
     for k in range(steps):
         basis[:, k] = v
@@ -119,7 +121,7 @@ def _lanczos(
                 break
         # An exhausted Krylov space continues with zeros, which add zero eigenvalues and change
         # nothing.
-        alive = beta > 2.0**-45 * tridiagonal[:, 0, 0]
+        alive = beta > exhausted * tridiagonal[:, 0, 0]
         v = torch.where(
             alive.unsqueeze(1), w / beta.clamp_min(2.0**-900).unsqueeze(1), torch.zeros_like(w)
         )
