@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import memory, peers, readme_table, run
+from benchmarks import level_gap, memory, peers, readme_table, run
 from benchmarks.cases import CASES, PLAIN, memory_limit, work
 from benchmarks.gate import TOLERANCE, judge
 from benchmarks.machine import Ceilings, header
@@ -401,3 +401,10 @@ def test_a_solved_loss_is_computed_once(monkeypatch):
 def test_a_network_is_the_same_every_time():
     first, second = (build_network("wrn-10-1").state_dict() for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_lead_of_an_estimate_is_sought_at_every_radius():
+    certified, estimated = np.array([0.0, 0.9, 2.0, np.inf]), np.array([0.0, 1.0, 2.1, np.inf])
+    assert level_gap.largest_gap(certified, estimated) == (25.0, 0.9)
+    assert level_gap.largest_gap(estimated, estimated)[0] == 0.0
+    assert level_gap.largest_gap(np.zeros(4), estimated) == (75.0, 0.0)
