@@ -3,6 +3,7 @@
 
     python -m benchmarks.norm_routes wrn-16-4            torus and Gram iteration, per layer
     python -m benchmarks.norm_routes wrn-28-10 --costs   operations of the exact proofs alone
+    python -m benchmarks.norm_routes wrn-28-10 --prove blocks.1.conv1    time of one exact proof
 
 Ratios are to a converged Lanczos value, which the banded proof exceeds by 2e-7 (ADR 0016). Gram
 iteration (Delattre et al., ICML 2023) squares the symbol's Gram matrices: on the library's torus it
@@ -27,7 +28,7 @@ from lmtfast.graph import Conv, Region
 from lmtfast.plan import trace
 from lmtfast.verified.convolution import Geometry, banded_form
 from lmtfast.verified.polyphase import polyphase
-from lmtfast.verified.region import lanczos_norm
+from lmtfast.verified.region import lanczos_norm, operator_norm_upper
 from lmtfast.verified.torus import torus_norm_upper
 from lmtfast.weights import Weights, named_tensors
 
@@ -84,10 +85,23 @@ def operations(op: Conv) -> float:
     return form.operations * op.groups
 
 
+def prove(region: Region, weights: Weights) -> str:
+    """Time and excess of the banded proof of one operator."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    upper = operator_norm_upper(region, weights, method="banded").upper
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    excess = upper / lanczos_norm(region, weights, *LANCZOS) - 1.0
+    threads = torch.get_num_threads()
+    return f"  proved in {wall:.0f} s, {cpu:.0f} s of CPU, {threads} threads, excess {excess:.2g}"
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=sorted(NETWORKS))
-    parser.add_argument("--costs", action="store_true", help="only count operations")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--costs", action="store_true", help="only count operations")
+    only.add_argument("--prove", metavar="LAYER", help="prove this layer and no other")
     chosen = parser.parse_args()
     shape = NETWORKS[chosen.network].input_shape
     model = build_network(chosen.network).eval()
@@ -98,17 +112,22 @@ def main() -> None:
         if not isinstance(op, Conv) or math.prod(op.kernel) == 1:
             continue
         assert isinstance(region, Region)
+        if chosen.prove not in (None, region.name):
+            continue
         count = operations(op)
         total += count
         line = f"{region.name:32} {'x'.join(map(str, op.out_shape)):12} {count / 1e12:8.3f} TFLOP"
-        if not chosen.costs:
-            with torch.no_grad():
-                found = losses(region, op, weights)
+        if chosen.prove:
+            line += prove(region, weights)
+        elif not chosen.costs:
+            found = losses(region, op, weights)
             ratios = [a * b for a, b in zip(ratios, found, strict=True)]
             line += "".join(f"{100 * (r - 1):9.4f} %" for r in found)
         print(line, flush=True)
+    if not total:
+        parser.error(f"{chosen.network} has no 3 x 3 convolution named {chosen.prove}")
     print(f"exact proofs together: {total / 1e12:.1f} TFLOP")
-    if not chosen.costs:
+    if not chosen.costs and not chosen.prove:
         names = ("torus", *(f"Gram iteration, {s} steps" for s in STEPS), "the same at own size")
         for name, ratio in zip(names, ratios, strict=True):
             print(f"{name}: radius {1 / ratio:.4f} of that with exact norms")
