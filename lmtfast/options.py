@@ -73,3 +73,17 @@ ProfileOption = Annotated[
         "`fp64`."
     ),
 ]
+DeltaOption = Annotated[
+    float | None,
+    typer.Option(help="Chance that a probabilistic bound is too small. Default: 2^-100."),
+]
+DrawOption = Annotated[
+    str,
+    typer.Option(
+        help="Randomness of a probabilistic bound: `fresh`, or `hash` of the weights, which anyone "
+        "can repeat."
+    ),
+]
+ProofDeviceOption = Annotated[
+    str, typer.Option("--device", help="Where norms are proved, e.g. `cuda`.")
+]

@@ -208,6 +208,22 @@ def test_certify_prints_the_radii_asked_for(workspace, tmp_path, capsys):
     assert run(*words, "--data", workspace / "set.npz") == 0
 
 
+def test_a_hashed_draw_repeats(workspace, tmp_path):
+    words = ["certify", workspace / "run", "--data", workspace / "set.npz", "--limit", 3]
+    words += ["--level", "probabilistic", "--draw", "hash", "--out"]
+    assert run(*words, tmp_path / "a.npz") == run(*words, tmp_path / "b.npz") == 0
+    first, second = (load_certificate(tmp_path / name) for name in ("a.npz", "b.npz"))
+    assert 0.0 < first.level.delta <= 2.0**-100
+    assert (first.radius == second.radius).all()
+    assert run(*words, tmp_path / "c.npz", "--delta", 0.01) == 2
+
+
+def test_where_to_prove_is_checked_before_proving(workspace, tmp_path, capsys):
+    words = ["certify", workspace / "run", "--data", workspace / "set.npz", "--out", tmp_path / "a"]
+    assert run(*words, "--device", "abacus") == 2
+    assert "abacus" in capsys.readouterr().err
+
+
 def test_another_network_or_other_data_exits_with_1(workspace, certificate, tmp_path, capsys):
     words = ["train", "--config", workspace / "run.toml", "--data", workspace / "set.npz"]
     assert run(*words, "--epochs", 1, "--seed", 1, "--out", tmp_path / "other") == 0
