@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def test_a_hash_gives_the_same_bytes_twice_and_others_to_every_operator(
     assert len(set(first)) == 2
     fresh = [drawn_words(network(), monkeypatch) for _ in range(2)]
     assert len({*first, *fresh[0], *fresh[1]}) == 6
+
+
+@pytest.mark.parametrize("delta", [2.0**-100, 0.3])
+def test_the_draws_of_a_network_share_its_delta(
+    delta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+    own = drawn.moment_norm_upper
+
+    def recorded(*args: Any, delta: float, **kwargs: Any) -> float:
+        shares.append(Fraction(delta))
+        return own(*args, delta=delta, **kwargs)
+
+    monkeypatch.setattr(drawn, "moment_norm_upper", recorded)
+    bound = lf.certified_bound(network(), SHAPE, level="probabilistic", delta=delta)
+    assert len(shares) == 2
+    assert delta * 0.99 < sum(shares) <= delta
+    assert bound.delta == delta
 
 
 @pytest.mark.parametrize("name", ["0.weight", "2.weight", "5.bias"])
