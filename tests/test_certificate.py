@@ -312,6 +312,17 @@ def test_array_edits_are_refused(saved: Path, certificate: Certificate) -> None:
             load_certificate(saved)
 
 
+def test_what_was_edited_is_named(saved: Path, certificate: Certificate) -> None:
+    content, bigger = saved.read_bytes(), npy(certificate.prediction_radius * 2)
+    rewrite(saved, lambda parts: parts.update({"prediction_radius.npy": bigger}))
+    with pytest.raises(CertificateError, match="another hash of the array prediction_radius"):
+        load_certificate(saved)
+    saved.write_bytes(content)
+    edit_text(saved, lambda t: t.replace('"schema":2', '"schema":2,"schema":2'))
+    with pytest.raises(CertificateError, match="a key occurs twice"):
+        load_certificate(saved)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     compressed = tmp_path / "compressed.npz"
     np.savez_compressed(compressed, header=np.zeros(10**7, np.uint8))

@@ -251,3 +251,21 @@ def test_no_cuda_library_is_asked_to_choose() -> None:
     enclosure(torch.zeros(1, 2))
     assert seen == [False]
     assert F.relu(torch.zeros(1)).item() == 0.0
+
+
+def test_calls_run_without_the_autocast_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves float64 alone today; an enclosure does not rest on that."""
+    active = []
+    own = ERROR_RULES["aten.relu.default"]
+
+    def rule(call: Any) -> Any:
+        active.append(torch.is_autocast_enabled("cpu"))
+        return own(call)
+
+    monkeypatch.setitem(ERROR_RULES, "aten.relu.default", rule)
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    traced = trace_model(model, (2,))
+    interpreter = LogitEnclosure(model, traced)
+    with torch.autocast("cpu"):
+        interpreter(torch.zeros(1, 2, dtype=torch.float64))
+    assert active == [False]

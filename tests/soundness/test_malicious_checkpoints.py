@@ -150,6 +150,7 @@ def frames(good: bytes) -> Iterator[tuple[str, bytes]]:
     for length in (0, 1, 7, 2**31, 2**63 - 1, 2**63, 2**64 - 1, checkpoint.MAX_HEADER_BYTES + 1):
         yield f"length {length}", safetensors_packed(json.dumps(outer), data, length)
     yield "deep", safetensors_packed('{"__metadata__":' + "[" * 100_000, data)
+    yield "two metadata", safetensors_packed('{"__metadata__":{},' + json.dumps(outer)[1:], data)
     yield "many", safetensors_packed('{"__metadata__":{}' + ',"a":{}' * 20_000 + "}", data)
     names = [n for n in outer if n != "__metadata__"]
     for name in names[:4]:
