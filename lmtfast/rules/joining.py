@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lmtfast.builder import Value
@@ -34,8 +35,11 @@ def _sum(call: TracedCall, first: Any, second: Any, signs: tuple[float, float]) 
         for v, sign in zip((first, second), signs, strict=True)
         if isinstance(v, Value)
     ]
-    # A constant summand shifts the function and changes no difference.
-    return parts[0] if len(parts) == 1 else call.builder.add(parts)
+    if len(parts) > 1:
+        return call.builder.add(parts)
+    # A constant summand shifts the function and changes no difference. But the sum is another
+    # tensor: max(a, b + 1) and min(a, b) do not sort (a, b).
+    return replace(parts[0])
 
 
 @operation_rule("aten.add.Tensor", "aten.add.Scalar", joins=True)
