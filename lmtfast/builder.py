@@ -9,6 +9,7 @@ then share its sensitivity (maximum) instead of adding it up.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ class GraphBuilder:
         self.notes: list[tuple[str, str, float]] = []
         self._index: dict[Any, int] = {}
         self._closed: dict[int, tuple[Any, int]] = {}
-        self._names: dict[str, int] = {}
+        self._names: set[str] = set()
         self.input = self._from_base(Base(Origin(), self.constant(1.0), tuple(input_shape)))
 
     def _emit(self, op: str, *args: Any) -> int:
@@ -256,9 +257,12 @@ class GraphBuilder:
         return self._index[key]
 
     def _unique(self, name: str) -> str:
+        # A module may itself be called "a#2".
         name = name or "model"
-        self._names[name] = self._names.get(name, 0) + 1
-        return name if self._names[name] == 1 else f"{name}#{self._names[name]}"
+        numbered = (name if i == 1 else f"{name}#{i}" for i in itertools.count(1))
+        unique = next(n for n in numbered if n not in self._names)
+        self._names.add(unique)
+        return unique
 
     def finish(self, output: Value) -> BoundGraph:
         """Close the network at its output, splitting off a final Linear as the head."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-# Unit of the rounding to storage, its underflow, and the largest number.
+# Unit of the rounding to storage, its underflow, and the largest number relied on.
 PROFILES = {
-    "executed(fp64)": (0.0, 0.0, float.fromhex("0x1.fffffffffffffp+1023")),
+    "executed(fp64)": (0.0, 0.0, 2.0**960),
     "executed(fp32a64)": (2.0**-24, 2.0**-150, float.fromhex("0x1.fffffep+127")),
 }
 UNIT, SAFE = 2.0**-53, 1.0 + 2.0**-30

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -88,8 +89,9 @@ class _Unknown(Exception):
 
 
 class _Writer:
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        floats = {n: t.detach().cpu() for n, t in tensors.items()}
+        self.weights, self._parameters = Weights(floats, dtype=torch.float64), tuple(tensors)
         self.arrays: dict[str, np.ndarray] = {}
         self._names: dict[WeightRef, str] = {}
 
@@ -101,11 +103,15 @@ class _Writer:
             return {"eps": ref.eps.hex(), "variance": self.ref(ref.variance), "weight": weight}
         value = self.weights[ref].detach().double().cpu().numpy()
         if ref not in self._names:
-            kind = "derived" if isinstance(ref, Derived) else "constant"
-            count = sum(n.startswith(f"{kind}/") for n in self._names.values())
-            self._names[ref] = ref.name if isinstance(ref, ParameterRef) else f"{kind}/{count}"
+            self._names[ref] = ref.name if isinstance(ref, ParameterRef) else self._unnamed(ref)
         self.arrays[self._names[ref]] = np.ascontiguousarray(value, dtype="<f8")
         return {"array": self._names[ref]}
+
+    def _unnamed(self, ref: WeightRef) -> str:
+        """A name that no parameter has and no other array was given."""
+        kind = "derived" if isinstance(ref, Derived) else "constant"
+        taken = {*self._parameters, *self._names.values()}
+        return next(n for i in itertools.count() if (n := f"{kind}/{i}") not in taken)
 
     def scales(self, scales: tuple[ChannelScale, ...]) -> list[Json]:
         return [{"inverse": s.inverse, "ref": self.ref(s.ref)} for s in scales]
@@ -300,9 +306,8 @@ def describe(
 ) -> NetworkDescription:
     """The description of a traced network with these parameters and buffers, and of the calls it
     executes where a certificate speaks of an execution."""
-    weights = Weights({n: t.detach().cpu() for n, t in tensors.items()}, dtype=torch.float64)
     with torch.no_grad():
-        writer = _Writer(weights)
+        writer = _Writer(tensors)
         operators = [writer.operator(o) for o in graph.operators]
         calls = {}
         if executed is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmtfast.builder import Value
 from lmtfast.enclosure import Enclosed, ErrorCall, ProgramInterpreter, Recorder
-from lmtfast.enclosure.linear import CASTS
+from lmtfast.enclosure.interpreter import first_value
 from lmtfast.errors import DtypeError, InputDomainError, NotCertifiedError
 from lmtfast.execution.recorder import SourceRecorder
 from lmtfast.graph import Derived
@@ -19,8 +19,6 @@ from lmtfast.profiles import Profile, get_profile
 from lmtfast.tracing import TracedModel, trace_model
 from lmtfast.verified.arithmetic import ensure_arithmetic
 from lmtfast.weights import named_tensors
-
-HALVES = (torch.float16, torch.bfloat16)
 
 
 class Execution(ProgramInterpreter):
@@ -34,7 +32,7 @@ class Execution(ProgramInterpreter):
 
     Raises:
         NotCertifiedError: A call has no error rule, a tensor the program reads is not representable
-            in the profile's storage, or the program casts to a 16-bit type.
+            in the profile's storage, or the program casts to a narrower type.
 
     Guarantee:
         A call's result is the float64 value of its error rule on the stored operands, rounded once
@@ -61,8 +59,7 @@ class Execution(ProgramInterpreter):
         super().__init__(model, traced, tensors)
         self._check_storage()
         for node, call in self.calls():
-            if call.target in CASTS:
-                self._check_cast(node, call)
+            self._check_width(node, call)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of a batch that the storage represents. ``(N, ...)`` to ``(N, K)`` in storage."""
@@ -98,8 +95,6 @@ class Execution(ProgramInterpreter):
     def _check_storage(self) -> None:
         for ref in self.references:
             tensor = self.weights[ref]
-            if not tensor.is_floating_point():
-                continue
             if not torch.equal(tensor.to(self.dtype).to(tensor.dtype), tensor):
                 derived = isinstance(ref, Derived)
                 raise NotCertifiedError(
@@ -113,15 +108,17 @@ class Execution(ProgramInterpreter):
                     else f"round them first, for example model.to(torch.{self.profile.dtype})",
                 )
 
-    def _check_cast(self, node: torch.fx.Node, call: ErrorCall) -> None:
-        source = next(iter(node.all_input_nodes)).meta["val"]
-        if node.meta["val"].dtype in HALVES and source.dtype != node.meta["val"].dtype:
+    def _check_width(self, node: torch.fx.Node, call: ErrorCall) -> None:
+        """Refuse calls that narrow a tensor below the storage, by a cast or as ``mean(dtype=)``."""
+        sources = (n for n in node.all_input_nodes if first_value(self.walk.env.get(n)) is not None)
+        known, result = {n.meta["val"].dtype for n in sources}, node.meta["val"]
+        dtype = (result[0] if isinstance(result, (tuple, list)) else result).dtype
+        if dtype not in known and torch.finfo(dtype).eps > torch.finfo(self.dtype).eps:
             raise NotCertifiedError(
-                f"a program that stays in {self.profile.dtype}",
-                f"a cast to {node.meta['val'].dtype}",
+                f"a program that stays in {self.profile.dtype}", f"a cast to {dtype}",
                 repr(call.name or "the model's forward"),
-                "remove the cast: 16-bit arithmetic has no execution profile",
-            )
+                "remove the cast: its rounding is none of the profile's",
+            )  # fmt: skip
 
 
 def check_autocast() -> None:
@@ -179,7 +176,7 @@ def run(model: nn.Module, x: Tensor, *, profile: str = "fp32a64") -> Tensor:
     Raises:
         NotCertifiedError: Profiles of which nothing can be certified (float32 accumulation, TF32,
             bfloat16, float16), autocast that is active, weights that storage does not represent,
-            casts to 16 bits, a call without an error rule, arithmetic that is not IEEE 754.
+            casts to a narrower type, a call without an error rule, arithmetic that is not IEEE 754.
         ArgumentError: There is no such profile.
         InputDomainError: An input that storage does not represent.
         TrainModeError, NonFiniteError, UnsupportedLayerError: As for :func:`lmtfast.certify`.
