@@ -34,6 +34,16 @@ def length(array: Array) -> float:
     return math.ldexp(root * (1.0 + (array.size + 8) * UNIT), exponent) + TINY * (root > 0)
 
 
+def sensible(step: Any) -> bool:
+    """Whether no number of a step is negative: then none lowers an error."""
+    names = ("factor", "constant", "zero", "value", "argument", "absolute")
+    constants = [*step.get("shifts", ()), *([step["before"]] if step.get("before") else ())]
+    floats = [step[n] for n in names if n in step] + [root for _, root in constants]
+    counts = [step.get(n) or 0 for n in ("terms", "rounded", "entries", "norm")]
+    counted = all(type(n) is int and n >= 0 for n in counts)
+    return counted and all(float.fromhex(f) >= 0.0 for f in floats)
+
+
 class Tensor:
     """A tensor of the execution; ``base`` has the lengths (error, size) of b."""
 
@@ -142,14 +152,14 @@ class Recursion:
             raise ValueError("a linear join of tensors with several bases")
         return Tensor(inputs[0].base, self.unit)
 
-    def run(self, program: Any, reach: float) -> tuple[Array, Array]:
-        """Lengths of the errors of the features and of the rest."""
+    def run(self, program: Any, reach: float, headed: bool) -> tuple[Array, Array]:
+        """Lengths of the errors of the features and of the rest; without a head, of all."""
         kinds = {"map": self.map, "function": self.function, "add": self.add, "join": self.join}
         self.tensors = [Tensor([[0.0, 0.0], self.seen(np.array([reach, 1.0]))], self.unit)]
         features = None
         for i, step in enumerate(program["steps"][1:], 1):
-            if not all(0 <= k < i for k in step["inputs"]):
-                raise ValueError("a step that reads a later one")
+            if not (all(0 <= k < i for k in step["inputs"]) and sensible(step)):
+                raise ValueError("a step that reads a later one, or counts below zero")
             inputs = [self.tensors[k] for k in step["inputs"]]
             if i == program["head"]:
                 features, size = inputs[0].lengths()
@@ -159,6 +169,8 @@ class Recursion:
             else:
                 self.tensors.append(kinds[step["op"]](step, inputs))
             self.seen(self.tensors[-1].lengths()[1])
+        if (features is None) == headed:
+            raise ValueError("a head in the network or in its steps alone")
         last = self.tensors[-1]
         return (last.lengths()[0], np.zeros(2)) if features is None else (features, last.rounding())
 
@@ -172,7 +184,7 @@ def drift(header: Any, get: Any, tape: list[float]) -> Any:
     profile, ends = PROFILES[semantics], [abs(float.fromhex(x)) for x in header["input_range"]]
     recursion = Recursion(profile, get, tape)
     reach = math.sqrt(math.prod(network["input"])) * max(ends)
-    features, logits = recursion.run(network["executed"], reach)
+    features, logits = recursion.run(network["executed"], reach, network["head"] is not None)
     peak, root = recursion.peak * SAFE, math.sqrt(2.0)
 
     def moved(away: Array, radius: Array) -> Array:

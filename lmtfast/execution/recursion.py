@@ -228,7 +228,7 @@ class _Recursion:
         for source in sources:
             size = size + source.lengths.size
         self.peak = self.peak.maximum(size)
-        made = mul_up(COMPOUND, gamma_up(step["terms"])) * size + self.underflow(step)
+        made = mul_up(COMPOUND, gamma_up(step["terms"] + 8)) * size + self.underflow(step)
         if step["fresh"]:
             stored = made + mul_up(COMPOUND, self.profile.unit) * (size + made)
             total = Lengths(stored, stored)
