@@ -73,16 +73,16 @@ class Chain(nn.Module):
         super().__init__()
         self.random, self.layers = random.Random(seed), nn.ModuleList()
         a, c = self.random.choice((0.3, -1.7, 3.0)), self.random.choice((0.3, -1.7, 300.0))
-        layer = self.affine
+        f, g, h = (self.affine() for _ in range(3))
         self.steps: list[Step] = self.random.choices(
             [
-                layer(), self.normalisation(), torch.relu, lambda x: x * a, lambda x: x / a,
+                f, self.normalisation(), torch.relu, lambda x: x * a, lambda x: x / a,
                 lambda x: x + c, lambda x: c - x, lambda x: nn.functional.leaky_relu(x, 0.3),
-                lambda x, f=layer(): x + f(x).abs(), lambda x, f=layer(): x + f(x),
-                lambda x, f=layer(): torch.sub(x, f(x), alpha=0.3), lambda x: x.add(x, alpha=0.3),
+                lambda x: x + f(x).abs(), lambda x: x + g(x),
+                lambda x: torch.sub(x, h(x), alpha=0.3), lambda x: x.add(x, alpha=0.3),
                 lambda x: torch.cat([x, x * a], 1).mean(1, keepdim=True),
                 lambda x: torch.cat([x, x.abs() * a], 1).sum(1, keepdim=True),
-                lambda x, f=layer(): torch.maximum(x, f(x)),
+                lambda x: torch.maximum(x, h(x)),
                 lambda x: x.expand(-1, 3).sum(1, keepdim=True),
                 lambda x: nn.functional.pad(x, (1, 1), value=0.1).sum(1, keepdim=True),
             ],
