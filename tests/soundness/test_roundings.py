@@ -88,7 +88,7 @@ def share(ready: Prepared) -> float:
 
 CHAINS = [f"chain {i}" for i in range(30)]
 RANDOM = [f"random {i}" for i in range(20)]
-DEFAULT = {*CHAINS[:4], *RANDOM[:3], "constants", "difference", "conv stride"}
+DEFAULT = {*CHAINS[:2], *RANDOM[:2], "difference", "conv stride"}
 KINDS = [
     pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow)
     for n in (*CHAINS, *RANDOM, *NETWORKS)
@@ -161,7 +161,6 @@ def test_what_a_call_forms_in_between_overflows_nowhere(name: str) -> None:
 CASTS: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
     "float8": (STORED, lambda m, x: m.head(x.to(torch.float8_e4m3fn).float())),
     "mean": (STORED, lambda m, x: m.head(x[:, :, None].mean(2, dtype=torch.float16).float())),
-    "sum": (STORED, lambda m, x: m.head(x[:, :, None].sum(2, dtype=torch.bfloat16).float())),
     "float32 in float64": (WIDE, lambda m, x: m.head(x.double().float())),
     "integer": (STORED, lambda m, x: m.head(x) + torch.tensor([2**24 + 1, 0])),
 }
