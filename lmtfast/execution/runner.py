@@ -194,7 +194,6 @@ def run(model: nn.Module, x: Tensor, *, profile: str = "fp32a64") -> Tensor:
     """
     found = get_profile(profile)
     check_certifiable(model)
-    check_autocast()
     tensors = {n: t.detach() for n, t in named_tensors(model).items()}
     with torch.device("cpu"):
         traced = trace_model(model, tuple(x.shape[1:]))
