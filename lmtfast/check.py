@@ -217,7 +217,8 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
 def length(a: Array) -> float:
     exponent = math.frexp(float(np.abs(a).max(initial=0.0)))[1]
     root = math.sqrt(float(np.sum(np.square(np.ldexp(a, -exponent)))))
-    return math.ldexp(root * (1.0 + (a.size + 8) * UNIT), exponent)
+    found = math.ldexp(root * (1.0 + (a.size + 8) * UNIT), exponent)
+    return math.nextafter(found, math.inf) if root else 0.0  # a denormal was rounded
 
 
 def gamma(count: float) -> float:
@@ -333,9 +334,10 @@ def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
     weights, sizes, where = Weights(arrays), Weights(arrays, True), region["name"]
     need("opaque" not in region, WITHIN, region.get("opaque"), where, "limit")
     if "nodes" not in region:  # a learned slope, or a copying call by how often it copies
-        least = math.sqrt(region.get("copies", 1)) * (1.0 + 2.0**-50)
+        least = math.sqrt(region["copies"]) if "copies" in region else math.nan
         if "slope" in region:
             least = float(np.max(sizes.get(region["slope"]), initial=1.0))
+        least *= 1.0 + 2.0**-48
         return need(least <= c, f"a constant of at least {least}", c, where, "claim")
     node = region["nodes"][0] if len(region["nodes"]) == 1 else {"op": "region"}
     kind, lost, proofs = node["op"], 0.0, []
@@ -376,14 +378,17 @@ def compose(tape: Any, norms: list[float]) -> list[float]:
     for op, *args in tape:
         if op == "constant":
             values.append(number(*args))
+            need(values[-1] >= 0.0, "a constant of at least 0", args, "tape")
             continue
         source = norms if op == "sigma" else values
         known = op in (*steps, "sigma") and len(args) == 1 + (op != "sigma")
         known = known and all(type(k) is int and 0 <= k < len(source) for k in args)
         need(known, "earlier instructions", args, "tape")
         a, b = source[args[0]], source[args[-1]]
-        least = 2.0**-1000 if min(a, b) > 0.0 else 0.0  # where a product underflows
-        values.append(max(steps.get(op, max)(a, b), least) * (1.0 + 2.0**-50))
+        found = steps.get(op, max)(a, b)
+        if op in ("add", "hypot", "mul") and not (found == 0.0 == min(a, b)):  # may underflow to 0
+            found = math.nextafter(found * (1.0 + 2.0**-50), math.inf)
+        values.append(found)
     return values
 
 
@@ -391,9 +396,10 @@ def apart(head: Array, error: Array, c: int) -> Array:
     d, rounded = head - head[c], error + error[c]
     exponent = math.frexp(float(np.abs(d).max(initial=0.0)))[1]
     found = np.sqrt(np.square(np.ldexp(d, -exponent)).sum(1)) + 2.0**-400
-    found = np.ldexp(found * (1 + (d.shape[1] + 8) * 2.0**-52), exponent) + rounded
+    found = np.nextafter(np.ldexp(found * (1 + (d.shape[1] + 8) * 2.0**-52), exponent), np.inf)
+    found += rounded
     found[((d == 0).all(1) & (rounded == 0)) | (np.arange(len(head)) == c)] = 0.0
-    return np.asarray(found * (1 + 2.0**-50))
+    return np.where(found == 0.0, 0.0, np.nextafter(found * (1 + 2.0**-50), np.inf))
 
 
 def check_samples(header: Any, arrays: Any, scale: float, away: Any, drift: Any = None) -> None:
@@ -436,10 +442,10 @@ def judge(header: Any, arrays: Any, weights: dict[str, Array], found: list[Findi
     need(fits, "level, delta, norm, range, assumptions that fit together", "others", "header")
     identity = canonical([header["program_sha256"], network, header["weights_sha256"]])
     need(header["fingerprint"] == sha256(identity), "the network's", "another", "fingerprint")
-    for name, known in network["weights"].items():
-        got = weights.get(name, np.zeros(0))
-        same = [[*got.shape], sha256(got.tobytes())] == known
-        need(same, "the certified weights", "others", name)
+    weights = {name: weights.get(name, np.zeros(0)) for name in network["weights"]}  # and no others
+    for name, got in weights.items():
+        same = [[*got.shape], sha256(got.tobytes())] == network["weights"][name]
+        need(same and np.isfinite(got).all(), "the certified weights, finite", "others", name)
     norms = [number(x, name) for name, _, x in header["operators"]]
     names, operators = [name for name, _, _ in header["operators"]], network["operators"]
     used = {a[1] for a in network["tape"] if a[0] == "sigma"}
@@ -461,8 +467,8 @@ def judge(header: Any, arrays: Any, weights: dict[str, Array], found: list[Findi
     (node,) = operators[network["head"]]["nodes"]
     head, majorant = (Weights(weights, a).kernel(node)[0, ..., 0] for a in (False, True))
     need(node["op"] == "linear" and len(head) == classes, "one row per class", len(head), "head")
-    error, scale = np.sqrt(np.square(majorant).sum(1)) * SAFE, number(header["features"])
-    error = error * gamma(roundings(node))
+    error, scale = np.array([*map(length, majorant)]), number(header["features"])
+    error *= gamma(roundings(node))
     return check_samples(header, arrays, scale, lambda c: apart(head, error, c), drift)
 
 
