@@ -35,7 +35,6 @@ WITHIN = "an operator that can be proved again within this checker's limits"
 PLAIN = ["0x1.0000000000000p+0", "0x0.0p+0"]  # gain and identity of a kernel that acts as stored
 UNIT, SAFE = 2.0**-53, 1.0 + 2.0**-20  # SAFE covers the rounding of fewer than 2^20 terms
 GAP, TINY = 2.0**-26, 2.0**-200  # g = c^2 (1 - GAP), stored norms hold twice; above any underflow
-CONV = ("kernel", "stride", "padding", "dilation")
 CHUNK, LINE = 512, 256  # inner indices summed at once; least order of a block
 OPERATIONS, ENTRIES = 2.0**43, 2**26  # most that one proof may take, and a composite may have
 Array = Any  # np.ndarray
@@ -159,21 +158,33 @@ class Weights:
         return weight
 
 
-def pairs(node: Any) -> list[tuple[Array, Array]]:
+def axes_of(node: Any) -> list[Any]:
+    """Per axis: extents in and out, kernel, stride, zeros in front, dilation. A matrix has one."""
+    low = [p[0] for p in node.get("padding", [[0, 0]])]
+    kernel, stride, dilation = (node.get(k, [1]) for k in ("kernel", "stride", "dilation"))
+    need(min(*stride, *dilation) > 0, "steps above 0", "others", "conv", "claim")
+    ends = (node["in"][1:], node["out"][1:]) if node["op"] == "conv" else ([1], [1])
+    return [*zip(*ends, kernel, stride, low, dilation, strict=True)]
+
+
+def pairs(axes: list[Any]) -> list[tuple[Array, Array]]:
     """For every tap of a convolution, the positions of columns and of rows that it connects."""
-    extents = zip(node["in"][1:], node["out"][1:], *(node[f] for f in CONV), strict=True)
-    found, axes = [], []
-    need(min(*node["stride"], *node["dilation"]) > 0, "steps above 0", "others", "conv", "claim")
-    for n, m, k, s, p, d in extents:
-        reads = [s * np.arange(m) - p[0] + d * t for t in range(k)]
+    found, connected = [], []
+    for n, m, k, s, p, d in axes:
+        reads = [s * np.arange(m) - p + d * t for t in range(k)]
         inside = [(r >= 0) & (r < n) for r in reads]
-        axes.append([(r[i], np.flatnonzero(i)) for r, i in zip(reads, inside, strict=True)])
-    for chosen in itertools.product(*axes):
+        connected.append([(r[i], np.flatnonzero(i)) for r, i in zip(reads, inside, strict=True)])
+    for chosen in itertools.product(*connected):
         p = q = np.zeros(1, dtype=np.int64)
-        for (i, o), n, m in zip(chosen, node["in"][1:], node["out"][1:], strict=True):
+        for (i, o), (n, m, *_) in zip(chosen, axes, strict=True):
             p, q = (p[:, None] * n + i).ravel(), (q[:, None] * m + o).ravel()
         found.append((p, q))
     return found
+
+
+def sources(node: Any) -> Array:
+    """What every entry of a copy reads within its channel; -1 for zeros."""
+    return np.concatenate([start + step * np.arange(n) for start, step, n in node["runs"]])
 
 
 def roundings(node: Any) -> int:
@@ -197,8 +208,9 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
             factor = weights.scale(node).reshape(node["shape"]) if node["ref"] else 1.0
             y = y * np.broadcast_to(factor * weights.note(number(node["gain"])), y.shape)  # no more
         elif kind == "copy":
-            index = np.concatenate([a + step * np.arange(n) for a, step, n in node["runs"]])
-            y = np.pad(y.reshape(len(y), -1), ((0, 0), (0, 1)))[:, index].reshape(-1, *out)
+            channels = node.get("channels", 1)
+            y = np.pad(y.reshape(len(y), channels, -1), ((0, 0), (0, 0), (0, 1)))
+            y = y[..., sources(node)].reshape(-1, *out)
         elif kind == "average":
             for a, windows in enumerate(node["windows"], 1):
                 y = np.stack([y.take(range(i, j), a).sum(a) / n for i, j, n in windows], a)
@@ -207,7 +219,7 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
             kernel, groups = weights.kernel(node), node["groups"]
             y = y.reshape(len(y), groups, -1, math.prod(y.shape[2:]))
             total = np.zeros((len(y), groups, out[0] // groups, math.prod(out[1:])))
-            for t, (p, q) in enumerate(pairs(node)):
+            for t, (p, q) in enumerate(pairs(axes_of(node))):
                 total[..., q] += kernel[..., t] @ y[..., p]
             y = total.reshape(-1, *out)
         values.append(y)
@@ -304,16 +316,33 @@ def banded(kernel: Array, taps: list[tuple[Array, Array]], large: Any, small: An
     return [n * line * c for n in counts], [(a * other * d, b * other * d) for a, b in ends], make
 
 
-def torus(node: Any, kernel: Array, c: float, where: str, lost: float) -> bool:
+def circle(axes: list[Any], n: list[int], reads: Array) -> tuple[Any, int] | None:
+    """A convolution that reads position (x + a) mod n at x, as one on circles of n places, and how
+    often an output occurs in it: once with strides that divide the circles; else it is a part of
+    repeated outputs of stride 1. None if it reads anything else."""
+    first = np.unravel_index(max(int(reads[0]), 0), n)
+    around = np.ix_(*((a + np.arange(x[0])) % b for a, b, x in zip(first, n, axes, strict=True)))
+    inside = all(p == 0 and s * (m - 1) + d * (k - 1) < wide for wide, m, k, s, p, d in axes)
+    if not inside or not np.array_equal(reads, np.ravel_multi_index(around, n).ravel()):
+        return None
+    whole = all(m * s == b for (_, m, _, s, _, _), b in zip(axes, n, strict=True))
+    times = [-(-(s * (m - 1) + 1) // b) for (_, m, _, s, _, _), b in zip(axes, n, strict=True)]
+    turned = zip(axes, n, first, strict=True)
+    grid = [(b, m, k, s if whole else 1, -int(a), d) for (_, m, k, s, _, d), b, a in turned]
+    return grid, 1 if whole else math.prod(times)
+
+
+def torus(axes: Any, kernel: Array, c: float, where: str, lost: float, around: bool) -> bool:
     """Whether |A(w)| + lost <= c is shown at every w of a torus: a tap at d t - p = s q + r
     moves phase r by q places; on a circle of M - q, m + q, M, m places or more (M in, m out) no tap
-    reaches around, so T is part of a circular convolution of norm max |A(w)|, A the symbol."""
-    axes = list(zip(node["in"][1:], node["out"][1:], *(node[f] for f in CONV), strict=True))
-    taps = [[divmod(d * t - p[0], s) for t in range(k)] for _, _, k, s, p, d in axes]
+    reaches around, so T is part of a circular convolution of norm max |A(w)|, A the symbol. What
+    goes ``around`` already is one, on circles of M places."""
+    taps = [[divmod(d * t - p, s) for t in range(k)] for _, _, k, s, p, d in axes]
     q, r = np.moveaxis(np.array(list(itertools.product(*taps))), -1, 0)
     large, small = np.array([(-(-n // s), m) for n, m, _, s, _, _ in axes]).T
-    kept, power = ((-small < q) & (q < large)).all(1), -math.frexp(c)[1]  # others meet nothing
+    kept = ((-small < q) & (q < large)).all(1) | around  # others meet nothing
     size = np.maximum(large - q[kept].min(0, initial=0), small + q[kept].max(0, initial=0))
+    size, power = large if around else size, -math.frexp(c)[1]
     weight = np.ldexp(np.moveaxis(kernel, -1, 0) * kept[:, None, None], power)
     wide = np.dstack([weight * (r == x).all(1)[:, None, None] for x in np.unique(r, axis=0)])
     half, turn = np.ndindex(size[0] // 2 + 1, *size[1:]), math.lcm(*size)  # A(-w) is conjugate
@@ -330,6 +359,18 @@ def torus(node: Any, kernel: Array, c: float, where: str, lost: float) -> bool:
     return False
 
 
+def single(region: Any) -> tuple[Any, Any]:
+    """A region's one node, and the copy in front of it: one that every channel of a convolution's
+    input has, such as a border. Else a node of another kind, and no copy."""
+    *front, node = region["nodes"]
+    for copy in front:
+        known = [[-1], [0]] == [n["inputs"] for n in region["nodes"]] and copy["op"] == "copy"
+        alike = known and copy.get("channels") == copy["in"][0] and copy["out"] == node.get("in")
+        if not alike or node["op"] != "conv":
+            return {"op": "region"}, None
+    return node, front[0] if front else None
+
+
 def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
     weights, sizes, where = Weights(arrays), Weights(arrays, True), region["name"]
     need("opaque" not in region, WITHIN, region.get("opaque"), where, "limit")
@@ -339,17 +380,24 @@ def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
             least = float(np.max(sizes.get(region["slope"]), initial=1.0))
         least *= 1.0 + 2.0**-48
         return need(least <= c, f"a constant of at least {least}", c, where, "claim")
-    node = region["nodes"][0] if len(region["nodes"]) == 1 else {"op": "region"}
+    node, copy = single(region)
     kind, lost, proofs = node["op"], 0.0, []
-    if kind == "linear":
-        lost = gamma(roundings(node)) * length(sizes.kernel(node))
-        proofs = [weights.kernel(node)[0, ..., 0]]
-    elif kind == "conv":  # every tap moves positions one to one; groups stand side by side
-        taps, ends = pairs(node), (node["in"][1:], node["out"][1:])
-        each, kernel = np.moveaxis(sizes.kernel(node), -1, 0), weights.kernel(node)
+    if kind in ("conv", "linear"):  # a tap moves positions one to one; groups stand side by side
+        axes, kernel, most = axes_of(node), weights.kernel(node), 1
+        grid, times, around, terms = axes, 1, False, roundings(node)
+        taps, ends = pairs(axes), [[x[side] for x in axes] for side in (0, 1)]
+        if copy:  # taps that meet in an entry of T add up there
+            reads, ends[0], terms = sources(copy), copy["in"][1:], terms + len(taps)
+            taps = [(reads[p][reads[p] >= 0], q[reads[p] >= 0]) for p, q in taps]
+            most = times = int(np.bincount(reads[reads >= 0]).max(initial=1))
+            if found := circle(axes, ends[0], reads):
+                (grid, times), around = found, True
         met = any(len(p) > 0 for p, _ in taps)  # whether a tap ever meets the image
-        lost = gamma(roundings(node)) * sum(map(length, each)) * SAFE * met
-        proofs = [banded(k, taps, *ends) for k in kernel if not torus(node, k, c, where, lost)]
+        total = sum(map(length, np.moveaxis(sizes.kernel(node), -1, 0))) * SAFE * met
+        lost, low = gamma(terms) * total * math.sqrt(most), c / math.sqrt(times) * (1.0 - 2.0**-50)
+        for k in kernel:
+            if kind == "linear" or not torus(grid, k, low, where, lost, around):
+                proofs.append(banded(k, taps, *ends))
     elif kind == "scale":
         least = float(image(region, sizes, np.ones((1, *node["in"]))).max(initial=0.0))
         need(least * (1 + 2.0**-48) <= c, f"a norm of at least {least}", c, where, "claim")

@@ -178,7 +178,8 @@ class _Writer:
                 "shape": list(op.broadcast),
             }  # fmt: skip
         if isinstance(op, Copy):
-            return found | {"op": "copy", "runs": copy_runs(op)}
+            channels, runs = copy_runs(op)
+            return found | {"channels": channels, "op": "copy", "runs": runs}
         assert isinstance(op, Average)
         return found | {"gain": op.gain.hex(), "op": "average", "windows": average_windows(op)}
 
@@ -221,11 +222,20 @@ def padded_nodes(region: Region) -> list[tuple[RegionNode, tuple[int, ...]]]:
     return nodes
 
 
-def copy_runs(op: Copy) -> list[list[int]]:
-    """Where every output entry comes from, as runs (start, step, count); zeros start at -1."""
+def copy_runs(op: Copy) -> tuple[int, list[list[int]]]:
+    """Where every output entry comes from, as runs (start, step, count); zeros start at -1.
+
+    What every channel does alike, such as a border, is written for one, with their number; 1 else.
+    """
     numbered = torch.arange(1, math.prod(op.in_shape) + 1, dtype=torch.float64)
     index = execute(op.call, numbered.reshape(1, *op.in_shape)).reshape(-1).long().numpy() - 1
-    runs: list[list[int]] = []
+    channels, runs = op.in_shape[0], list[list[int]]()
+    alike = np.arange(channels)[:, None] * (len(numbered) // channels)
+    rows = index.reshape(channels, -1) if op.out_shape[0] == channels else index[None]
+    if len(rows) == channels and (rows == np.where(rows[0] < 0, -1, rows[0] + alike)).all():
+        index = rows[0]
+    else:
+        channels = 1
     for value in index.tolist():
         if runs:
             start, step, count = runs[-1]
@@ -238,7 +248,7 @@ def copy_runs(op: Copy) -> list[list[int]]:
         if len(runs) == MAX_RUNS:
             raise _Unknown(f"{op.name!r} copies in more than {MAX_RUNS} runs")
         runs.append([value, 0, 1])
-    return runs
+    return channels, runs
 
 
 def average_windows(op: Average) -> list[list[list[int]]]:
