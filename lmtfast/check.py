@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
 import runpy
@@ -33,12 +32,12 @@ DTYPES = {"header": "|u1", "label": "<i8", "prediction": "<i8"}
 KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
 WITHIN = "an operator that can be proved again within this checker's limits"
 PLAIN = ["0x1.0000000000000p+0", "0x0.0p+0"]  # gain and identity of a kernel that acts as stored
+BORDERS: Any = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}
 UNIT, SAFE = 2.0**-53, 1.0 + 2.0**-20  # SAFE covers the rounding of fewer than 2^20 terms
 GAP, TINY = 2.0**-26, 2.0**-200  # g = c^2 (1 - GAP), stored norms hold twice; above any underflow
 CHUNK, LINE = 512, 256  # inner indices summed at once; least order of a block
 OPERATIONS, ENTRIES = 2.0**43, 2**26  # most that one proof may take, and a composite may have
 Array = Any  # np.ndarray
-Rows = tuple[list[int], list[tuple[int, int]], Any]  # orders, columns, and what makes blocks
 
 
 class Finding(Exception):
@@ -70,11 +69,6 @@ def number(item: Any, where: str = "header") -> float:
     return value
 
 
-def encoded(array: Array) -> bytes:
-    np.save(buffer := io.BytesIO(), array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def members(content: bytes) -> dict[str, bytes]:
     """The members of a zip file, which hold no more than it does: nothing here inflates."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -91,7 +85,8 @@ def read_certificate(content: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
         for name in sorted(arrays):
             info = zipfile.ZipInfo(f"{name}.npy")
             info.create_system, info.external_attr = 3, 0o644 << 16
-            archive.writestr(info, encoded(arrays[name]))
+            np.save(member := io.BytesIO(), arrays[name], allow_pickle=False)
+            archive.writestr(info, member.getvalue())
     need(buffer.getvalue() == content, "the one encoding of its arrays", "other bytes", "file")
     text = bytes(arrays.pop("header")).decode("ascii")
     header = json.loads(text, parse_float=number, parse_constant=number)
@@ -132,16 +127,14 @@ class Weights:
         return np.abs(value) if self.absolute else value
 
     def get(self, ref: Any) -> Array:
-        """At most 6 roundings: a sum, a root that counts twice, a quotient, a product, a cast."""
+        """Roundings, at most: a sum, a root (counts twice), two quotients, a product, a cast."""
+        if "ref" in ref:
+            return self.note(1.0 / self.get(ref["ref"])) if ref["inverse"] else self.get(ref["ref"])
         if "array" in ref:
             return self.note(self.arrays[ref["array"]])
         inside = Weights(self.arrays).get(ref["variance"]) + number(ref["eps"])
         root = self.note(1.0 / np.sqrt(inside))
         return self.get(ref["weight"]) * root if ref["weight"] else root
-
-    def scale(self, item: Any) -> Array:
-        value = self.get(item["ref"])
-        return self.note(1.0 / value) if item["inverse"] else value
 
     def kernel(self, node: Any) -> Array:
         """The acting kernel ``(groups, rows, columns, taps)``; a matrix is one group and tap."""
@@ -150,7 +143,7 @@ class Weights:
         gain, identity = (self.note(number(node[key])) for key in ("gain", "identity"))
         weight = gain * self.get(node["weight"]).reshape(shape)
         for key, side in (("rows", (groups, -1, 1, 1)), ("columns", (groups, 1, -1, 1))):
-            for factor in map(self.scale, node[key]):
+            for factor in map(self.get, node[key]):
                 weight = weight * factor.reshape(side if factor.size > 1 else ())
         if identity:
             channel, tap = np.arange(shape[1]), np.ravel_multi_index(node.get("centre", [0]), taps)
@@ -158,33 +151,35 @@ class Weights:
         return weight
 
 
-def axes_of(node: Any) -> list[Any]:
-    """Per axis: extents in and out, kernel, stride, zeros in front, dilation. A matrix has one."""
-    low = [p[0] for p in node.get("padding", [[0, 0]])]
-    kernel, stride, dilation = (node.get(k, [1]) for k in ("kernel", "stride", "dilation"))
-    need(min(*stride, *dilation) > 0, "steps above 0", "others", "conv", "claim")
-    ends = (node["in"][1:], node["out"][1:]) if node["op"] == "conv" else ([1], [1])
-    return [*zip(*ends, kernel, stride, low, dilation, strict=True)]
-
-
-def pairs(axes: list[Any]) -> list[tuple[Array, Array]]:
+def pairs(axes: Array) -> list[tuple[Array, Array]]:
     """For every tap of a convolution, the positions of columns and of rows that it connects."""
-    found, connected = [], []
-    for n, m, k, s, p, d in axes:
-        reads = [s * np.arange(m) - p + d * t for t in range(k)]
-        inside = [(r >= 0) & (r < n) for r in reads]
-        connected.append([(r[i], np.flatnonzero(i)) for r, i in zip(reads, inside, strict=True)])
-    for chosen in itertools.product(*connected):
-        p = q = np.zeros(1, dtype=np.int64)
-        for (i, o), (n, m, *_) in zip(chosen, axes, strict=True):
-            p, q = (p[:, None] * n + i).ravel(), (q[:, None] * m + o).ravel()
-        found.append((p, q))
+    (n, m, k, s, p, d), found = axes, []
+    first = (s * np.moveaxis(np.indices(m), 0, -1) - p).reshape(-1, len(n))
+    for tap in np.ndindex(*k):
+        reads = first + d * tap
+        rows = np.flatnonzero(((reads >= 0) & (reads < n)).all(1))
+        found.append((np.ravel_multi_index(reads[rows].T, n), rows))
     return found
 
 
-def sources(node: Any) -> Array:
-    """What every entry of a copy reads within its channel; -1 for zeros."""
-    return np.concatenate([start + step * np.arange(n) for start, step, n in node["runs"]])
+def stencil(node: Any) -> tuple[list[tuple[Array, Array]], Array, int, int, bool]:
+    """The pairs of every tap; for :func:`torus`, per axis: extents in and out, kernel, stride,
+    border in front, dilation; how often outputs and inputs of these repeat; whether they are
+    circles. A border copies, and a convolution without one reads it. One that goes around makes
+    circles: the operator is theirs if strides divide them, else repeats outputs of stride 1."""
+    ends, low = (node["in"][1:], node["out"][1:]), [before for before, _ in node["padding"]]
+    axes = np.array([*ends, node["kernel"], node["stride"], low, node["dilation"]], np.int64)
+    (n, m, k, s, p, d), mode = axes, node.get("mode")
+    need(min(*s, *d) > 0 and np.abs(axes / 2.0**31).max() < 1, "steps above 0", "others", "conv")
+    if mode is None:
+        return pairs(axes), axes, 1, 1, False
+    reads = np.pad(np.arange(n.prod()).reshape(n), node["padding"], BORDERS[mode])
+    wide, copies = np.array([reads.shape, m, k, s, 0 * p, d]), np.bincount(reads.ravel()).max()
+    taps = [(reads.ravel()[columns], rows) for columns, rows in pairs(wide)]
+    if mode != "circular" or (s * (m - 1) + d * (k - 1) >= reads.shape).any():
+        return taps, wide, copies, copies, False
+    step = s if (m * s == n).all() else s**0
+    return taps, np.array([n, m, k, step, p, d]), np.prod(-(-(s * (m - 1) + 1) // n)), copies, True
 
 
 def roundings(node: Any) -> int:
@@ -205,12 +200,11 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
         elif kind == "linear":
             y = y @ weights.kernel(node)[0, ..., 0].T
         elif kind == "scale":
-            factor = weights.scale(node).reshape(node["shape"]) if node["ref"] else 1.0
+            factor = weights.get(node).reshape(node["shape"]) if node["ref"] else 1.0
             y = y * np.broadcast_to(factor * weights.note(number(node["gain"])), y.shape)  # no more
         elif kind == "copy":
-            channels = node.get("channels", 1)
-            y = np.pad(y.reshape(len(y), channels, -1), ((0, 0), (0, 0), (0, 1)))
-            y = y[..., sources(node)].reshape(-1, *out)
+            index = np.concatenate([a + step * np.arange(n) for a, step, n in node["runs"]])
+            y = np.pad(y.reshape(len(y), -1), ((0, 0), (0, 1)))[:, index].reshape(-1, *out)
         elif kind == "average":
             for a, windows in enumerate(node["windows"], 1):
                 y = np.stack([y.take(range(i, j), a).sum(a) / n for i, j, n in windows], a)
@@ -219,18 +213,19 @@ def image(region: Any, weights: Weights, x: Array) -> Array:
             kernel, groups = weights.kernel(node), node["groups"]
             y = y.reshape(len(y), groups, -1, math.prod(y.shape[2:]))
             total = np.zeros((len(y), groups, out[0] // groups, math.prod(out[1:])))
-            for t, (p, q) in enumerate(pairs(axes_of(node))):
+            for t, (p, q) in enumerate(stencil(node)[0]):
                 total[..., q] += kernel[..., t] @ y[..., p]
             y = total.reshape(-1, *out)
         values.append(y)
     return values[-1] if values else x
 
 
-def length(a: Array) -> float:
+def length(a: Array, axis: int | None = None) -> Any:
+    """Bound on the Euclidean length, also where squares underflow or the length is denormal."""
     exponent = math.frexp(float(np.abs(a).max(initial=0.0)))[1]
-    root = math.sqrt(float(np.sum(np.square(np.ldexp(a, -exponent)))))
-    found = math.ldexp(root * (1.0 + (a.size + 8) * UNIT), exponent)
-    return math.nextafter(found, math.inf) if root else 0.0  # a denormal was rounded
+    root, zero = np.sqrt(np.square(np.ldexp(a, -exponent)).sum(axis)), (a == 0.0).all(axis)
+    root = root * (1.0 + (a.size // max(1, zero.size) + 8) * UNIT) + 2.0**-400
+    return np.where(zero, 0.0, np.nextafter(np.ldexp(root, exponent), np.inf))
 
 
 def gamma(count: float) -> float:
@@ -244,15 +239,14 @@ def product(a: Array, b: Array) -> tuple[Array, int]:
     return total, min(inner, CHUNK) + inner // CHUNK + 2
 
 
-def residual(rows: Rows, g: float, exponent: int, where: str) -> float:
+def residual(rows: Any, g: float, exponent: int, where: str) -> float:
     """Bound on |E| for T scaled by 2^-exponent; L has blocks where T T^T has, and between."""
     orders, spans, make = rows
     meet = [[max(a[0], b[0]) < min(a[1], b[1]) for b in spans] for a in spans]
     first = [min([j for j in range(i) if meet[i][j]], default=i) for i in range(len(orders))]
     work = sum(float(n) * sum(orders[first[i] : i + 1]) ** 2 for i, n in enumerate(orders))
     need(work < OPERATIONS, WITHIN, f"{work:.2g} operations", where, "limit")
-    blocks, factor, inverse = (dict[int, Any]() for _ in "TLI")  # rows of T and L, and L_ii^-1
-    sums = np.zeros(len(orders))
+    (blocks, factor, inverse), sums = (dict[int, Any]() for _ in "TLI"), np.zeros(len(orders))
     for i, n in enumerate(orders):
         blocks[i], factor[i] = np.ldexp(make(i), -exponent), {}
         for j in range(first[i], i + 1):
@@ -279,7 +273,7 @@ def residual(rows: Rows, g: float, exponent: int, where: str) -> float:
 
 
 def prove(rows: Any, c: float, where: str, lost: float) -> None:
-    """Show that |T| + lost is at most c, or raise; T in rows of blocks, or whole."""
+    """Show |T| + lost <= c, or raise; T whole, or orders and columns of blocks and their maker."""
     if not isinstance(rows, tuple):
         rows = [min(rows.shape)], [(0, max(rows.shape))], [min(rows, rows.T, key=len)].__getitem__
     if c in (0.0, math.inf):
@@ -294,56 +288,37 @@ def prove(rows: Any, c: float, where: str, lost: float) -> None:
     need(shown, f"a norm of at most {c!r}", "no proof", where, "claim")
 
 
-def banded(kernel: Array, taps: list[tuple[Array, Array]], large: Any, small: Any) -> Rows:
+def banded(kernel: Array, taps: list[tuple[Array, Array]], large: Any, small: Any) -> Any:
     """A convolution's matrix in lines of its smaller side, every entry put in its place."""
     if kernel.shape[0] * math.prod(small) > kernel.shape[1] * math.prod(large):
         return banded(kernel.swapaxes(0, 1), [(q, p) for p, q in taps], small, large)
-    (c, d), line, other = kernel.shape[:2], math.prod(small[1:]), math.prod(large[1:])
-    step = max(1, -(-LINE // max(1, c * line)))
-    blocks = range(-(-small[0] // step))
-    picked = [[(p[k], q[k]) for p, q in taps for k in [q // line // step == i]] for i in blocks]
-    reads = [np.concatenate([p // other for p, _ in some]) for some in picked]
+    (c, d), line, places = kernel.shape[:2], max(1, math.prod(small[1:])), math.prod(small)
+    step = line * max(1, -(-LINE // max(1, c * line)))
+    starts = range(0, places, step)
+    counts = [min(step, places - start) for start in starts]
+    picked = [[(p[k], q[k] - i) for p, q in taps for k in [q // step * step == i]] for i in starts]
+    reads = [np.concatenate([p for p, _ in some]) for some in picked]
     ends = [(int(r.min()), int(r.max()) + 1) if r.size else (0, 1) for r in reads]
-    counts = [min(step, small[0] - i * step) for i in blocks]
 
     def make(i: int) -> Array:
-        block = np.zeros((counts[i], line, ends[i][1] - ends[i][0], other, c, d))
+        block = np.zeros((counts[i], ends[i][1] - ends[i][0], c, d))
         for t, (p, q) in enumerate(picked[i]):
-            at = (q // line - i * step, q % line, p // other - ends[i][0], p % other)
-            block[at] += kernel[:, :, t]
-        return block.transpose(0, 1, 4, 2, 3, 5).reshape(counts[i] * line * c, -1)
+            block[q, p - ends[i][0]] += kernel[:, :, t]
+        return block.transpose(0, 2, 1, 3).reshape(counts[i] * c, -1)
 
-    return [n * line * c for n in counts], [(a * other * d, b * other * d) for a, b in ends], make
-
-
-def circle(axes: list[Any], n: list[int], reads: Array) -> tuple[Any, int] | None:
-    """A convolution that reads position (x + a) mod n at x, as one on circles of n places, and how
-    often an output occurs in it: once with strides that divide the circles; else it is a part of
-    repeated outputs of stride 1. None if it reads anything else."""
-    first = np.unravel_index(max(int(reads[0]), 0), n)
-    around = np.ix_(*((a + np.arange(x[0])) % b for a, b, x in zip(first, n, axes, strict=True)))
-    inside = all(p == 0 and s * (m - 1) + d * (k - 1) < wide for wide, m, k, s, p, d in axes)
-    if not inside or not np.array_equal(reads, np.ravel_multi_index(around, n).ravel()):
-        return None
-    whole = all(m * s == b for (_, m, _, s, _, _), b in zip(axes, n, strict=True))
-    times = [-(-(s * (m - 1) + 1) // b) for (_, m, _, s, _, _), b in zip(axes, n, strict=True)]
-    turned = zip(axes, n, first, strict=True)
-    grid = [(b, m, k, s if whole else 1, -int(a), d) for (_, m, k, s, _, d), b, a in turned]
-    return grid, 1 if whole else math.prod(times)
+    return [n * c for n in counts], [(a * d, b * d) for a, b in ends], make
 
 
 def torus(axes: Any, kernel: Array, c: float, where: str, lost: float, around: bool) -> bool:
-    """Whether |A(w)| + lost <= c is shown at every w of a torus: a tap at d t - p = s q + r
-    moves phase r by q places; on a circle of M - q, m + q, M, m places or more (M in, m out) no tap
-    reaches around, so T is part of a circular convolution of norm max |A(w)|, A the symbol. What
-    goes ``around`` already is one, on circles of M places."""
-    taps = [[divmod(d * t - p, s) for t in range(k)] for _, _, k, s, p, d in axes]
-    q, r = np.moveaxis(np.array(list(itertools.product(*taps))), -1, 0)
-    large, small = np.array([(-(-n // s), m) for n, m, _, s, _, _ in axes]).T
-    kept = ((-small < q) & (q < large)).all(1) | around  # others meet nothing
-    size = np.maximum(large - q[kept].min(0, initial=0), small + q[kept].max(0, initial=0))
-    size, power = large if around else size, -math.frexp(c)[1]
-    weight = np.ldexp(np.moveaxis(kernel, -1, 0) * kept[:, None, None], power)
+    """Whether |A(w)| + lost <= c is shown at every w of a torus: a tap at d t - p = s q + r moves
+    phase r by q places; on circles of M - q, m + q, M, m places or more (M in, m out) no tap
+    reaches around, and T is part of a circular convolution of norm max |A(w)|, A the symbol; it is
+    the whole of one on circles of M places if it goes ``around``."""
+    n, m, k, s, p, d = axes
+    (q, r), large, power = np.divmod(d * [*np.ndindex(*k)] - p, s), -(-n // s), -math.frexp(c)[1]
+    kept = ((-m < q) & (q < large)).all(1) | around  # others meet nothing
+    q, r, weight = q[kept], r[kept], np.ldexp(np.moveaxis(kernel, -1, 0)[kept], power)
+    size = large if around else np.maximum(large - q.min(0, initial=0), m + q.max(0, initial=0))
     wide = np.dstack([weight * (r == x).all(1)[:, None, None] for x in np.unique(r, axis=0)])
     half, turn = np.ndindex(size[0] // 2 + 1, *size[1:]), math.lcm(*size)  # A(-w) is conjugate
     work = math.prod(map(float, size)) * (128.0 + 2 * min(wide.shape[1:])) ** 3
@@ -359,45 +334,25 @@ def torus(axes: Any, kernel: Array, c: float, where: str, lost: float, around: b
     return False
 
 
-def single(region: Any) -> tuple[Any, Any]:
-    """A region's one node, and the copy in front of it: one that every channel of a convolution's
-    input has, such as a border. Else a node of another kind, and no copy."""
-    *front, node = region["nodes"]
-    for copy in front:
-        known = [[-1], [0]] == [n["inputs"] for n in region["nodes"]] and copy["op"] == "copy"
-        alike = known and copy.get("channels") == copy["in"][0] and copy["out"] == node.get("in")
-        if not alike or node["op"] != "conv":
-            return {"op": "region"}, None
-    return node, front[0] if front else None
-
-
 def check_norm(region: Any, c: float, arrays: dict[str, Array]) -> None:
     weights, sizes, where = Weights(arrays), Weights(arrays, True), region["name"]
     need("opaque" not in region, WITHIN, region.get("opaque"), where, "limit")
     if "nodes" not in region:  # a learned slope, or a copying call by how often it copies
-        least = math.sqrt(region["copies"]) if "copies" in region else math.nan
-        if "slope" in region:
-            least = float(np.max(sizes.get(region["slope"]), initial=1.0))
-        least *= 1.0 + 2.0**-48
+        slope = sizes.get(region["slope"]) if "slope" in region else np.sqrt(region["copies"])
+        least = float(np.max(slope, initial=1.0)) * (1.0 + 2.0**-48)
         return need(least <= c, f"a constant of at least {least}", c, where, "claim")
-    node, copy = single(region)
+    node = region["nodes"][0] if len(region["nodes"]) == 1 else {"op": "region"}
     kind, lost, proofs = node["op"], 0.0, []
-    if kind in ("conv", "linear"):  # a tap moves positions one to one; groups stand side by side
-        axes, kernel, most = axes_of(node), weights.kernel(node), 1
-        grid, times, around, terms = axes, 1, False, roundings(node)
-        taps, ends = pairs(axes), [[x[side] for x in axes] for side in (0, 1)]
-        if copy:  # taps that meet in an entry of T add up there
-            reads, ends[0], terms = sources(copy), copy["in"][1:], terms + len(taps)
-            taps = [(reads[p][reads[p] >= 0], q[reads[p] >= 0]) for p, q in taps]
-            most = times = int(np.bincount(reads[reads >= 0]).max(initial=1))
-            if found := circle(axes, ends[0], reads):
-                (grid, times), around = found, True
-        met = any(len(p) > 0 for p, _ in taps)  # whether a tap ever meets the image
-        total = sum(map(length, np.moveaxis(sizes.kernel(node), -1, 0))) * SAFE * met
-        lost, low = gamma(terms) * total * math.sqrt(most), c / math.sqrt(times) * (1.0 - 2.0**-50)
-        for k in kernel:
-            if kind == "linear" or not torus(grid, k, low, where, lost, around):
-                proofs.append(banded(k, taps, *ends))
+    if kind == "linear":
+        lost = gamma(roundings(node)) * length(sizes.kernel(node))
+        proofs = [weights.kernel(node)[0, ..., 0]]
+    elif kind == "conv":  # groups stand side by side
+        (taps, grid, times, copies, around), kernel = stencil(node), weights.kernel(node)
+        total = sum(map(length, sizes.kernel(node).T)) * any(p.size for p, _ in taps) * SAFE
+        terms = roundings(node) + len(taps) * (copies > 1)  # taps that meet in one entry add up
+        lost, low = gamma(terms) * total * math.sqrt(copies), c / math.sqrt(times) * (1 - 2.0**-50)
+        ends, rest = (node["in"][1:], node["out"][1:]), (low, where, lost, around)
+        proofs = [banded(k, taps, *ends) for k in kernel if not (total and torus(grid, k, *rest))]
     elif kind == "scale":
         least = float(image(region, sizes, np.ones((1, *node["in"]))).max(initial=0.0))
         need(least * (1 + 2.0**-48) <= c, f"a norm of at least {least}", c, where, "claim")
@@ -425,13 +380,13 @@ def compose(tape: Any, norms: list[float]) -> list[float]:
     values: list[float] = []
     for op, *args in tape:
         if op == "constant":
-            values.append(number(*args))
-            need(values[-1] >= 0.0, "a constant of at least 0", args, "tape")
+            values.append(abs(number(*args)))
             continue
         source = norms if op == "sigma" else values
-        known = op in (*steps, "sigma") and len(args) == 1 + (op != "sigma")
-        known = known and all(type(k) is int and 0 <= k < len(source) for k in args)
-        need(known, "earlier instructions", args, "tape")
+        known = [type(k) is int and 0 <= k < len(source) for k in args]
+        need(
+            op in (*steps, "sigma") and known == [True] * (1 + (op != "sigma")), "a tape", args, op
+        )
         a, b = source[args[0]], source[args[-1]]
         found = steps.get(op, max)(a, b)
         if op in ("add", "hypot", "mul") and not (found == 0.0 == min(a, b)):  # may underflow to 0
@@ -441,13 +396,8 @@ def compose(tape: Any, norms: list[float]) -> list[float]:
 
 
 def apart(head: Array, error: Array, c: int) -> Array:
-    d, rounded = head - head[c], error + error[c]
-    exponent = math.frexp(float(np.abs(d).max(initial=0.0)))[1]
-    found = np.sqrt(np.square(np.ldexp(d, -exponent)).sum(1)) + 2.0**-400
-    found = np.nextafter(np.ldexp(found * (1 + (d.shape[1] + 8) * 2.0**-52), exponent), np.inf)
-    found += rounded
-    found[((d == 0).all(1) & (rounded == 0)) | (np.arange(len(head)) == c)] = 0.0
-    return np.where(found == 0.0, 0.0, np.nextafter(found * (1 + 2.0**-50), np.inf))
+    """Bound on the distances of all rows from one; differences that are denormal are exact."""
+    return (length(head - head[c], 1) * (1.0 + 4.0 * UNIT) + (error + error[c])) * (1.0 + 2.0**-50)
 
 
 def check_samples(header: Any, arrays: Any, scale: float, away: Any, drift: Any = None) -> None:
@@ -465,11 +415,10 @@ def check_samples(header: Any, arrays: Any, scale: float, away: Any, drift: Any 
     fine = {"predictions": ~known | (z[rows, c] == z.max(1, initial=-np.inf)), "radii": radius == 0}
     fine["margins"] = (margin >= 0) & (margin <= most) & ((margin > 0) | (radius == 0))
     for one in np.unique(c):
-        at, far = c == one, away(int(one))
+        at, far = c == one, np.where(np.arange(k) == one, 0.0, away(int(one)))
         reach = np.where((far == 0) | (scale == 0), 0.0, np.nextafter(scale * far, np.inf))
         moved = np.where(reach == 0, 0.0, np.nextafter(radius[at, None] * reach, np.inf))
-        if drift is not None:
-            moved = np.nextafter(moved + drift(far, radius[at, None]), np.inf)
+        moved = np.nextafter(moved + drift(far, radius[at, None]), np.inf) if drift else moved
         fine["radii"][at] |= (radius[at] > 0) & (moved < gap[at]).all(1) & (most[at] > 0)
     for what, judged in fine.items():
         need(judged.all(), "what the logits say", np.flatnonzero(~judged)[:3], what, "claim")
@@ -505,18 +454,16 @@ def judge(header: Any, arrays: Any, weights: dict[str, Array], found: list[Findi
     values = compose(network["tape"], norms)
     for k in ("features", "total"):
         need(number(header[k]) >= values[network[k]], "a larger constant", header[k], k, "claim")
-    drift = None
+    drift, beside = None, Path(__file__).with_name("check_execution.py")
     if header["semantics"] != "ideal":
-        part = runpy.run_path(str(Path(__file__).with_name("check_execution.py")))
-        drift = part["drift"](header, Weights(weights).scale, values)
+        drift = runpy.run_path(str(beside))["drift"](header, Weights(weights).get, values, length)
     if network["head"] is None:
-        away = np.where(np.eye(classes), 0.0, math.nextafter(math.sqrt(2.0), 2.0))
-        return check_samples(header, arrays, number(header["total"]), away.__getitem__, drift)
+        root = math.nextafter(math.sqrt(2.0), 2.0)
+        return check_samples(header, arrays, number(header["total"]), lambda c: root, drift)
     (node,) = operators[network["head"]]["nodes"]
     head, majorant = (Weights(weights, a).kernel(node)[0, ..., 0] for a in (False, True))
     need(node["op"] == "linear" and len(head) == classes, "one row per class", len(head), "head")
-    error, scale = np.array([*map(length, majorant)]), number(header["features"])
-    error *= gamma(roundings(node))
+    error, scale = length(majorant, 1) * gamma(roundings(node)), number(header["features"])
     return check_samples(header, arrays, scale, lambda c: apart(head, error, c), drift)
 
 
@@ -525,10 +472,9 @@ def collecting(found: list[Finding], where: str) -> Any:
     """Whatever fails, also what a hostile file makes fail, is a finding."""
     try:
         yield
-    except Finding as finding:
-        found.append(finding)
     except Exception as error:
-        found.append(Finding("file", "a certificate and its weights", repr(error)[:200], where))
+        unread = Finding("file", "a certificate and its weights", repr(error)[:200], where)
+        found.append(error if isinstance(error, Finding) else unread)
 
 
 def check(certificate: str | Path, weights: str | Path) -> list[Finding]:

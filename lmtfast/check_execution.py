@@ -27,13 +27,6 @@ TINY = 2.0**-900  # what float64 may lose below its range
 Array = Any  # np.ndarray
 
 
-def length(array: Array) -> float:
-    """Bound on the Frobenius norm."""
-    exponent = math.frexp(float(np.abs(array).max(initial=0.0)))[1]
-    root = math.sqrt(float(np.sum(np.square(np.ldexp(array, -exponent)))))
-    return math.ldexp(root * (1.0 + (array.size + 8) * UNIT), exponent) + TINY * (root > 0)
-
-
 def sensible(step: Any) -> bool:
     """Whether no number of a step is negative: then none lowers an error."""
     names = ("factor", "constant", "zero", "value", "argument", "absolute")
@@ -63,14 +56,14 @@ class Tensor:
 class Recursion:
     """Runs the steps of a description; ``get`` resolves a factor, ``tape`` are proved norms."""
 
-    def __init__(self, profile: tuple[float, float, float], get: Any, tape: list[float]) -> None:
+    def __init__(self, profile: Any, get: Any, tape: list[float], length: Any) -> None:
         (self.unit, self.lost, _), self.get, self.tape = profile, get, tape
+        self.length = length
         self.tensors: list[Tensor] = []
         self.peak = np.zeros(2)
 
     def constants(self, items: Any) -> float:
-        refs = [({"inverse": False, "ref": ref}, float.fromhex(root)) for ref, root in items]
-        return sum(root * length(self.get(item)) for item, root in refs)
+        return sum(float.fromhex(root) * self.length(self.get(ref)) for ref, root in items)
 
     def seen(self, size: Array) -> Array:
         self.peak = np.maximum(self.peak, size)
@@ -81,7 +74,7 @@ class Recursion:
         factor, rounded = float.fromhex(step["factor"]), int(step["rounded"])
         if array is not None:
             entries = np.abs(self.get(array))
-            factor *= float(entries.max()) if step["largest"] else length(entries)
+            factor *= float(entries.max()) if step["largest"] else self.length(entries)
         before = [] if step["before"] is None else [step["before"]]
         shift = self.constants(step["shifts"]) + factor * self.constants(before)
         size = self.seen(factor * source.lengths()[1] + np.array([shift, 0.0]))
@@ -111,8 +104,7 @@ class Recursion:
         names = ("constant", "zero", "value", "argument", "absolute")
         constant, zero, value, argument, absolute = (float.fromhex(step[n]) for n in names)
         if step["slope"] is not None:
-            slope = self.get({"inverse": False, "ref": step["slope"]})
-            constant = max(constant, float(np.abs(slope).max()))
+            constant = max(constant, float(np.abs(self.get(step["slope"])).max()))
         size = self.seen(constant * before + np.array([zero, 0.0]))
         own = value * size + argument * before
         made = 2.0 * UNIT * (own + np.array([absolute * math.sqrt(step["entries"]), 0.0]))
@@ -175,14 +167,15 @@ class Recursion:
         return (last.lengths()[0], np.zeros(2)) if features is None else (features, last.rounding())
 
 
-def drift(header: Any, get: Any, tape: list[float]) -> Any:
+def drift(header: Any, get: Any, tape: list[float], length: Any) -> Any:
     """How far executions move the difference of two logits, at most: a function of the distance of
-    the head's rows and of the radius; infinite where something may overflow."""
+    the head's rows and of the radius; infinite where something may overflow. ``get`` resolves an
+    array, ``length`` bounds its Frobenius norm."""
     semantics, network = header["semantics"], header["network"]
     if semantics == "executed(fp32a64)" and not any(a[:2] == "A6" for a in header["assumptions"]):
         raise ValueError("roundings to float32 are not assumed")
     profile, ends = PROFILES[semantics], [abs(float.fromhex(x)) for x in header["input_range"]]
-    recursion = Recursion(profile, get, tape)
+    recursion = Recursion(profile, get, tape, length)
     reach = math.sqrt(math.prod(network["input"])) * max(ends)
     features, logits = recursion.run(network["executed"], reach, network["head"] is not None)
     peak, root = recursion.peak * SAFE, math.sqrt(2.0)

@@ -30,7 +30,6 @@ from lmtfast.graph import (
     Average,
     BatchNormScale,
     BoundGraph,
-    Call,
     ChannelScale,
     ConstantRef,
     Conv,
@@ -131,13 +130,14 @@ class _Writer:
     def operator(self, operator: Operator) -> Json:
         if isinstance(operator, Slope):
             return {"name": operator.name, "slope": self.ref(operator.ref)}
+        operator = bordered_region(operator)
         alone = operator.primitive
         if isinstance(alone, Copy):
             return {"copies": alone.copies, "name": operator.name}
         if isinstance(alone, Conv) and alone.transposed:
             operator = adjoint_region(operator, alone)
         try:
-            nodes = [self.node(node, centre) for node, centre in padded_nodes(operator)]
+            nodes = [self.node(node) for node in operator.nodes]
         except _Unknown as unknown:
             return {"name": operator.name, "opaque": str(unknown)}
         return {
@@ -145,9 +145,7 @@ class _Writer:
             "out": list(operator.out_shape),
         }  # fmt: skip
 
-    def node(self, node: RegionNode, centre: tuple[int, ...]) -> Json:
-        if isinstance(node.op, Conv):
-            return {"centre": list(centre), "inputs": list(node.inputs), **self.primitive(node.op)}
+    def node(self, node: RegionNode) -> Json:
         if isinstance(node.op, Primitive):
             return {"inputs": list(node.inputs), **self.primitive(node.op)}
         axis = {"axis": node.axis} if node.op == "concat" else {}
@@ -164,10 +162,12 @@ class _Writer:
         if isinstance(op, Conv):
             if op.transposed:
                 raise _Unknown(f"{op.name!r}, a transposed convolution inside a composite")
-            return found | {
-                "dilation": list(op.dilation), "groups": op.groups,
-                "kernel": list(op.kernel), "op": "conv", "padding": [list(p) for p in op.padding],
-                "stride": list(op.stride),
+            lows = zip(op.padding, op.dilation, strict=True)
+            border = {} if op.padding_mode == "zeros" else {"mode": op.padding_mode}
+            return found | border | {
+                "centre": [low // d for (low, _), d in lows], "dilation": list(op.dilation),
+                "groups": op.groups, "kernel": list(op.kernel), "op": "conv",
+                "padding": [list(p) for p in op.padding], "stride": list(op.stride),
             }  # fmt: skip
         if isinstance(op, Linear):
             return found | {"op": "linear"}
@@ -178,8 +178,7 @@ class _Writer:
                 "shape": list(op.broadcast),
             }  # fmt: skip
         if isinstance(op, Copy):
-            channels, runs = copy_runs(op)
-            return found | {"channels": channels, "op": "copy", "runs": runs}
+            return found | {"op": "copy", "runs": copy_runs(op)}
         assert isinstance(op, Average)
         return found | {"gain": op.gain.hex(), "op": "average", "windows": average_windows(op)}
 
@@ -194,48 +193,34 @@ def adjoint_region(region: Region, op: Conv) -> Region:
     return Region(region.name, region.out_shape, region.in_shape, nodes)
 
 
-def padded_nodes(region: Region) -> list[tuple[RegionNode, tuple[int, ...]]]:
-    """A region's nodes, circular borders as calls of their own in front of their convolutions.
-
-    Beside every node stands the tap of a kernel that the identity joins.
-    """
-    nodes: list[tuple[RegionNode, tuple[int, ...]]] = []
-    places = {-1: -1}
-    for i, node in enumerate(region.nodes):
-        op, inputs = node.op, tuple(places[k] for k in node.inputs)
-        centre: tuple[int, ...] = ()
-        if isinstance(op, Conv):
-            lows = (low for low, _ in op.padding)
-            centre = tuple(low // d for low, d in zip(lows, op.dilation, strict=True))
-        if isinstance(op, Conv) and op.padding_mode == "circular":
-            flat = tuple(p for pair in reversed(op.padding) for p in pair)
-            extents = zip(op.in_shape[1:], op.padding, strict=True)
-            shape = (op.in_shape[0], *(n + low + high for n, (low, high) in extents))
-            call = Call("aten.pad.default", (INPUT, flat, "circular", None))
-            border = Copy(op.name, op.in_shape, shape, call, 0, False, False)
-            nodes.append((RegionNode(border, inputs), ()))
-            none = ((0, 0),) * len(op.padding)
-            op = replace(op, in_shape=shape, padding=none, padding_mode="zeros")
-            inputs = (len(nodes) - 1,)
-        nodes.append((replace(node, op=op, inputs=inputs), centre))
-        places[i] = len(nodes) - 1
-    return nodes
+def bordered_region(region: Region) -> Region:
+    """A reflected, replicated or circular border and the convolution behind it as one node."""
+    if [type(node.op) for node in region.nodes] != [Copy, Conv]:
+        return region
+    copy, conv = (node.op for node in region.nodes)
+    assert isinstance(copy, Copy)
+    assert isinstance(conv, Conv)
+    kind, axes = copy.call.target.split(".")[1].rstrip("123d"), len(conv.kernel)
+    mode = {"reflection_pad": "reflect", "replication_pad": "replicate"}.get(kind)
+    if kind == "pad" and len(copy.call.args) > 2:
+        mode = copy.call.args[2]
+    bare = conv.padding_mode == "zeros" and not conv.transposed and not any(map(any, conv.padding))
+    if mode not in ("reflect", "replicate", "circular") or not bare:
+        return region
+    flat = [int(p) for p in copy.call.args[1]]
+    pairs = [*zip(flat[::2], flat[1::2], strict=True)][::-1]
+    padding = (*((0, 0) for _ in range(axes - len(pairs))), *pairs)
+    if len(padding) != axes or min(flat) < 0:
+        return region
+    joined = replace(conv, in_shape=copy.in_shape, padding=padding, padding_mode=mode)
+    return replace(region, nodes=(RegionNode(joined, (-1,)),))
 
 
-def copy_runs(op: Copy) -> tuple[int, list[list[int]]]:
-    """Where every output entry comes from, as runs (start, step, count); zeros start at -1.
-
-    What every channel does alike, such as a border, is written for one, with their number; 1 else.
-    """
+def copy_runs(op: Copy) -> list[list[int]]:
+    """Where every output entry comes from, as runs (start, step, count); zeros start at -1."""
     numbered = torch.arange(1, math.prod(op.in_shape) + 1, dtype=torch.float64)
     index = execute(op.call, numbered.reshape(1, *op.in_shape)).reshape(-1).long().numpy() - 1
-    channels, runs = op.in_shape[0], list[list[int]]()
-    alike = np.arange(channels)[:, None] * (len(numbered) // channels)
-    rows = index.reshape(channels, -1) if op.out_shape[0] == channels else index[None]
-    if len(rows) == channels and (rows == np.where(rows[0] < 0, -1, rows[0] + alike)).all():
-        index = rows[0]
-    else:
-        channels = 1
+    runs: list[list[int]] = []
     for value in index.tolist():
         if runs:
             start, step, count = runs[-1]
@@ -248,7 +233,7 @@ def copy_runs(op: Copy) -> tuple[int, list[list[int]]]:
         if len(runs) == MAX_RUNS:
             raise _Unknown(f"{op.name!r} copies in more than {MAX_RUNS} runs")
         runs.append([value, 0, 1])
-    return channels, runs
+    return runs
 
 
 def average_windows(op: Average) -> list[list[list[int]]]:

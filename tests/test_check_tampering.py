@@ -40,6 +40,11 @@ def parts_of(path: Path) -> Parts:
     return json.loads(bytes(arrays.pop("header"))), arrays
 
 
+def encoded(array: np.ndarray) -> bytes:
+    np.save(buffer := io.BytesIO(), array, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def packed(text: str, arrays: dict[str, np.ndarray]) -> bytes:
     """A file in the one form, whatever its header says."""
     buffer = io.BytesIO()
@@ -48,13 +53,13 @@ def packed(text: str, arrays: dict[str, np.ndarray]) -> bytes:
         for name in sorted(members):
             info = zipfile.ZipInfo(f"{name}.npy")
             info.create_system, info.external_attr = 3, 0o644 << 16
-            archive.writestr(info, check.encoded(members[name]))
+            archive.writestr(info, encoded(members[name]))
     return buffer.getvalue()
 
 
 def sealed(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     header = {k: v for k, v in header.items() if k != "seal"}
-    header["arrays"] = {n: check.sha256(check.encoded(a)) for n, a in arrays.items()}
+    header["arrays"] = {n: check.sha256(encoded(a)) for n, a in arrays.items()}
     header["seal"] = check.sha256(check.canonical(header))
     return packed(check.canonical(header), arrays)
 

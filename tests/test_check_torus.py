@@ -71,7 +71,7 @@ def claim_of(node: dict[str, Any], kernel: np.ndarray) -> float:
 
 def shown(node: dict[str, Any], kernel: np.ndarray, c: float, lost: float = 0.0) -> bool:
     with np.errstate(all="ignore"):
-        return check.torus(node, kernel, c, "w", lost)
+        return check.torus(check.stencil(node)[1], kernel, c, "w", lost, False)
 
 
 @pytest.mark.parametrize("seed", range(40))

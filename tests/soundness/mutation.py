@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lmtfast import check
-from tests.test_check_tampering import packed, parts_of_bytes, recounted
+from tests.test_check_tampering import encoded, packed, parts_of_bytes, recounted
 
 Choice = random.Random
 DEEP = "[" * 3000 + "]" * 3000
@@ -142,7 +142,7 @@ def array_edited(array: np.ndarray, choice: Choice) -> np.ndarray:
 
 def resealed(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
     """Canonical text with hashes and, where the schema has one, a seal that fit."""
-    header["arrays"] = {n: check.sha256(check.encoded(a)) for n, a in arrays.items()}
+    header["arrays"] = {n: check.sha256(encoded(a)) for n, a in arrays.items()}
     if "seal" in header:
         del header["seal"]
         header["seal"] = check.sha256(check.canonical(header))
