@@ -195,22 +195,17 @@ def adjoint_region(region: Region, op: Conv) -> Region:
 
 def bordered_region(region: Region) -> Region:
     """A reflected, replicated or circular border and the convolution behind it as one node."""
-    if [type(node.op) for node in region.nodes] != [Copy, Conv]:
+    copy, conv = (node.op for node in region.nodes) if len(region.nodes) == 2 else (None, None)
+    if not isinstance(copy, Copy) or not isinstance(conv, Conv):
         return region
-    copy, conv = (node.op for node in region.nodes)
-    assert isinstance(copy, Copy)
-    assert isinstance(conv, Conv)
-    kind, axes = copy.call.target.split(".")[1].rstrip("123d"), len(conv.kernel)
-    mode = {"reflection_pad": "reflect", "replication_pad": "replicate"}.get(kind)
-    if kind == "pad" and len(copy.call.args) > 2:
-        mode = copy.call.args[2]
-    bare = conv.padding_mode == "zeros" and not conv.transposed and not any(map(any, conv.padding))
-    if mode not in ("reflect", "replicate", "circular") or not bare:
+    kind, *args = copy.call.target.split(".")[1].split("_")[0], *copy.call.args[1:]
+    modes = {"reflection": "reflect", "replication": "replicate", "pad": (*args, None, None)[1]}
+    mode = modes.get(kind)
+    bare = not conv.transposed and conv.padding_mode == "zeros" and not any(map(any, conv.padding))
+    if not bare or mode not in ("circular", "reflect", "replicate"):
         return region
-    flat = [int(p) for p in copy.call.args[1]]
-    pairs = [*zip(flat[::2], flat[1::2], strict=True)][::-1]
-    padding = (*((0, 0) for _ in range(axes - len(pairs))), *pairs)
-    if len(padding) != axes or min(flat) < 0:
+    padding = tuple(zip(args[0][::2], args[0][1::2], strict=True))[::-1]
+    if len(padding) != len(conv.kernel) or min(args[0]) < 0:
         return region
     joined = replace(conv, in_shape=copy.in_shape, padding=padding, padding_mode=mode)
     return replace(region, nodes=(RegionNode(joined, (-1,)),))

@@ -129,9 +129,7 @@ def test_constants_are_never_below_the_exact_ones(power: int) -> None:
         assert math.isinf(values[6]) or Fraction(values[6]) ** 2 >= a**2 + c**2
 
 
-@pytest.mark.parametrize(
-    ("first", "last"), [(2.0**1000, DENORMAL), (2.0**-1074, 1.0), (2.0**-600, 2.0**-600)]
-)
+@pytest.mark.parametrize(("first", "last"), [(DENORMAL, 1.0), (2.0**-600, 2.0**-600)])
 def test_certificates_of_tiny_constants_are_accepted(
     first: float, last: float, tmp_path: Path
 ) -> None:
