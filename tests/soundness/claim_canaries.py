@@ -322,12 +322,53 @@ CANARIES = (
     Canary(
         "the checker compares no weights",
         "lmtfast/check.py",
-        "        same = [[*got.shape], sha256(got.tobytes())] == known\n",
+        '        same = [[*got.shape], sha256(got.tobytes())] == network["weights"][name]\n',
         "        same = True\n",
         (
             "tests/test_check.py",
             "tests/test_check_tampering.py",
         ),
+    ),
+    Canary(
+        "the checker reads weights that nothing hashes",
+        "lmtfast/check.py",
+        '    weights = {name: weights.get(name, np.zeros(0)) for name in network["weights"]}',
+        "    weights = weights",
+        (
+            "tests/soundness/test_checker.py::"
+            "test_weights_that_the_description_does_not_hash_are_not_read",
+        ),
+    ),
+    Canary(
+        "the checker rounds denormal lengths to nearest",
+        "lmtfast/check.py",
+        "np.nextafter(np.ldexp(root, exponent), np.inf)",
+        "np.ldexp(root, exponent)",
+        (
+            "tests/soundness/test_checker.py::"
+            "test_lengths_and_distances_are_never_below_the_exact_ones",
+        ),
+    ),
+    Canary(
+        "the checker forgets that a border copies",
+        "lmtfast/check.py",
+        "c / math.sqrt(times) * (1 - 2.0**-50)",
+        "c",
+        ("tests/test_check_borders.py::test_norms_are_those_of_the_matrix_entry_by_entry",),
+    ),
+    Canary(
+        "the checker closes circles that are read beyond their border",
+        "lmtfast/check.py",
+        'if mode != "circular" or (s * (m - 1) + d * (k - 1) >= reads.shape).any():',
+        'if mode != "circular":',
+        ("tests/test_check_borders.py::test_with_other_geometry_only_what_holds_is_accepted",),
+    ),
+    Canary(
+        "the checker takes strided circles for whole ones",
+        "lmtfast/check.py",
+        "step = s if (m * s == n).all() else s**0",
+        "step = s",
+        ("tests/test_check_borders.py::test_norms_are_those_of_the_matrix_entry_by_entry",),
     ),
     Canary(
         "the checker believes constants",
