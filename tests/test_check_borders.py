@@ -100,6 +100,19 @@ def test_with_other_geometry_only_what_holds_is_accepted(seed: int) -> None:
             assert not (accepted(forged, weight, largest) and rayleigh_exceeds(exact, largest))
 
 
+def test_outputs_beyond_the_border_are_on_no_circle() -> None:
+    """Taps 1 and -1 on a circle of one place cancel; where the second finds no place, 1 is left."""
+    node, weight = drawn(0)[0], np.array([[[1.0, -1.0]]])
+    node |= {
+        "in": [1, 1], "kernel": [2], "stride": [1], "dilation": [1], "padding": [[0, 1]],
+        "groups": 1, "centre": [0], "mode": "circular",
+    }  # fmt: skip
+    assert accepted(node | {"out": [1, 1]}, weight, 2.0**-8)
+    assert accepted(node | {"out": [1, 2]}, weight, 1.0 + 2.0**-20)
+    for c in (2.0**-8, 0.5, 1.0 - 2.0**-30):
+        assert not accepted(node | {"out": [1, 2]}, weight, c)
+
+
 # -- what the library writes
 
 
