@@ -116,7 +116,7 @@ def test_the_checker_asks_for_little_more_than_the_library(name: str, profile: s
     )
     recursion = check_execution.Recursion(
         check_execution.PROFILES[PROFILES[profile].semantics],
-        check.Weights(dict(description.arrays)).scale, tape,
+        check.Weights(dict(description.arrays)).get, tape, check.length,
     )  # fmt: skip
     steps, reach = json.loads(description.text)["executed"], math.sqrt(math.prod(ready.shape))
     found = recursion.run(steps, reach, graph.head is not None)
