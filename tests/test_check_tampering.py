@@ -342,8 +342,8 @@ def test_ten_thousand_tampered_certificates(originals: list[Original], tmp_path:
     refused = held = 0
     for seed, original in enumerate(originals):
         for name in NAMES:
-            result = attack(original, name, 5700 // len(NAMES) + 1, 1 + seed, tmp_path / "c.npz")
+            result = attack(original, name, 7700 // len(NAMES) + 1, 1 + seed, tmp_path / "c.npz")
             refused, held = refused + result[0], held + result[1]
             assert result[1] == 0 or name in WEAKER, name
-    assert refused + held >= 10_000
-    assert refused > 0.6 * (refused + held)
+    # What is not refused claims less than before, or differs in a label.
+    assert refused >= 10_000

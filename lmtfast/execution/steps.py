@@ -60,6 +60,7 @@ from lmtfast.rules.copying import COPYING, IDENTITIES
 from lmtfast.rules.pooling import AVERAGES
 from lmtfast.rules.registry import REF_TYPES
 from lmtfast.verified.rounding import mul_up, sqrt_up
+from lmtfast.weights import on_host
 
 KNOWN = {
     *CONVOLUTIONS, *TRANSPOSED, *PRODUCTS, "aten.linear.default", "aten.addmm.default",
@@ -412,5 +413,5 @@ def executed_program(execution: Execution) -> ExecutedProgram:
         >>> [step.op for step in executed_program(execution).steps]
         ['input', 'map']
     """
-    with torch.no_grad():
+    with torch.no_grad(), on_host():
         return _StepWriter(execution).write()
