@@ -29,7 +29,7 @@ class Operation:
 ALIASES: dict[str, tuple[str, ...]] = {
     "baddbmm": ("baddbmm",), "bmm": ("matmul",), "bool": ("cast",), "complex": ("complex", "abs"),
     "corrcoef": ("equal", "cov"), "cov": ("equal", "cov"), "diag_embed": ("diag",),
-    "diff": ("mul",), "dist": ("dist", "norm"), "dot": ("mul",), "F.bilinear": ("trilinear",),
+    "diff": ("mul",), "dist": ("dist", "norm"), "dot": ("mul",), "F.bilinear": ("linear",),
     "F.cosine_similarity": ("cosine_similarity", "norm"), "F.cross_entropy": ("argmax",),
     "F.embedding": ("cast",), "F.gumbel_softmax": ("empty_like", "exponential"),
     "F.hardshrink": ("le.", "hardshrink"), "F.huber_loss": ("broadcast_tensors", "huber_loss"),
