@@ -27,9 +27,9 @@ def canonical_up(bound: float) -> float:
     """A bound with 24 significant bits, at most 1.4e-7 (relative) above ``bound``, never below."""
     if not math.isfinite(bound) or bound == 0.0:
         return bound
-    mantissa, exponent = math.frexp(mul_up(bound, CANONICAL_MARGIN))
-    raised = math.ceil(math.ldexp(mantissa, CANONICAL_BITS))
     try:
+        mantissa, exponent = math.frexp(mul_up(bound, CANONICAL_MARGIN))
+        raised = math.ceil(math.ldexp(mantissa, CANONICAL_BITS))
         return math.ldexp(float(raised), exponent - CANONICAL_BITS) or math.ulp(0.0)
     except OverflowError:
         return math.inf

@@ -53,7 +53,8 @@ _NO_TRACES = ("-k", "not estimates_of_operators")
 # What judges a file: the cheapest and most telling first. Slow tests do not take part.
 JUDGES: dict[str, tuple[str, ...]] = {
     "lmtfast/radius.py": (
-        "tests/soundness/test_radius_rounding.py", "tests/test_radius.py", "tests/soundness/test_ties.py",
+        "tests/soundness/test_radius_rounding.py", "tests/test_radius.py",
+        "tests/soundness/test_ties.py",
     ),
     "lmtfast/verified/rounding.py": (_DIRECT, _MATRIX, _HOSTILE, *_NO_TRACES),
     "lmtfast/verified/residual.py": (_MATRIX, _HOSTILE, *_NO_TRACES),
