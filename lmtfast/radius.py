@@ -30,7 +30,7 @@ def canonical_up(bound: float) -> float:
     try:
         mantissa, exponent = math.frexp(mul_up(bound, CANONICAL_MARGIN))
         raised = math.ceil(math.ldexp(mantissa, CANONICAL_BITS))
-        return math.ldexp(float(raised), exponent - CANONICAL_BITS) or math.ulp(0.0)
+        return math.ldexp(float(raised), exponent - CANONICAL_BITS)
     except OverflowError:
         return math.inf
 

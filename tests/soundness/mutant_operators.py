@@ -3,7 +3,8 @@
 
 cosmic-ray changes arithmetic, comparisons, numbers, signs and booleans. The bounds here are written
 as calls (``add_up(a, b)``), so five operators more drop a term or a factor, forget a rounding or a
-root, take the smaller for the larger, and round the other way. Annotations and error messages stay.
+root, take the smaller for the larger, and round the other way. Annotations,
+error messages and ``zip(strict=True)`` stay.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Mutant:
         file: Relative to the repository.
         line: Where the change begins, from 1.
         before, after: The lines it changes.
-        number: Tells changes of equal lines apart.
+        number: How many lines equal to its first stand above it.
         source: The whole changed file.
     """
 
@@ -73,20 +74,19 @@ def mutants(file: str, sample: int | None = None, seed: int = 1) -> tuple[list[M
     edits = [e for e in (*_cosmic(text), *_own(text))
              if not any(low <= e[:2] < high for low, high in quiet)]  # fmt: skip
     edits.sort(key=lambda e: e[:3])
+    lines = text.splitlines()
     chosen = list(range(len(edits)))
     if sample is not None and sample < len(edits):
         chosen = sorted(random.Random(f"{seed} {file}").sample(chosen, sample))
     found: list[Mutant] = []
     seen: set[str] = set()
-    numbers: dict[tuple[str, str], int] = {}
     for line, _, operator, change in (edits[i] for i in chosen):
         source = change()
         if source == text or source in seen or not _compiles(source):
             continue
         seen.add(source)
         before, after = _difference(text, source)
-        number = numbers.setdefault((before, after), 0)
-        numbers[before, after] += 1
+        number = sum(l.strip() == lines[line - 1].strip() for l in lines[: line - 1])
         found.append(Mutant(file, line, operator, before, after, number, source))
     return found, len(edits)
 
@@ -117,6 +117,8 @@ def _spans(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
             quiet.append(node.returns)
         elif isinstance(node, (ast.arg, ast.AnnAssign)):
             quiet.append(node.annotation)
+        elif isinstance(node, ast.keyword) and node.arg == "strict":  # an assertion of zip's
+            quiet.append(node.value)
         elif isinstance(node, (ast.Raise, ast.Import, ast.ImportFrom, ast.JoinedStr)):
             quiet.append(node)
         for part in quiet:
@@ -133,8 +135,10 @@ def _cosmic(text: str) -> Iterator[Edit]:
     nodes = list(ast_nodes(get_ast(text)))
     for name in COSMIC:
         operator = provider[name]()
-        places = [place for node in nodes for place in operator.mutation_positions(node)]
-        for occurrence, ((line, column), _) in enumerate(places):
+        places = [(node, place) for node in nodes for place in operator.mutation_positions(node)]
+        for occurrence, (node, ((line, column), _)) in enumerate(places):
+            if node.parent is not None and node.parent.type == "parameters":
+                continue  # the star before arguments that have to be named
             yield line, column, name, lambda o=operator, k=occurrence: mutate_code(text, o, k)  # type: ignore
 
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,18 +32,18 @@ import hypothesis
 import mpmath
 import numpy
 import pytest
-import scipy.linalg  # noqa: F401  (loaded once, for all children)
 import torch
 
 from tests.seeding import MODULES, SeededModules
 from tests.soundness.mutant_operators import ROOT, Mutant, mutants
 
-LOADED = (hypothesis, mpmath, numpy, torch)
-RESULTS = ROOT / "benchmarks" / "results" / "mutants"
+LOADED = (hypothesis, mpmath, numpy, torch)  # once, for all children
+RESULTS = ROOT / "benchmarks" / "results" / "mutants" / "mutants.csv"
+REASONS = RESULTS.with_name("survivors.csv")
 COLUMNS = ("file", "line", "operator", "before", "after", "number", "outcome", "by", "seconds")
 SURVIVED, KILLED, UNIMPORTABLE, ENDLESS = "survived", "killed", "import", "timeout"
 # Processor time of a child: so often what the right code takes, and the start; then it is endless.
-PATIENCE, GRACE = 4, 10
+PATIENCE, GRACE = 1.5, 4
 MEMORY = 8 << 30
 
 _DIRECT = "tests/test_verified_rounding.py"
@@ -210,17 +210,12 @@ def keep(path: Path, rows: Rows) -> None:
     beside.replace(path)
 
 
-def hunt(
-    found: Iterable[Mutant], tests: tuple[str, ...], text: str, path: Path, *, again: bool = False
-) -> None:
-    """Judge what is not yet known (``again``: and survivors) of one file, whose text is right.
+def hunt(todo: Sequence[Mutant], tests: tuple[str, ...], text: str, path: Path) -> None:
+    """Judge mutants of one file, whose text is right, and keep every verdict.
 
     Raises:
         RuntimeError: The tests fail on the right code, so that they would prove nothing.
     """
-    found, rows = list(found), known(path)
-    todo = [m for m in found if m.key not in rows
-            or again and rows[m.key]["outcome"] == SURVIVED]  # fmt: skip
     if not todo:
         return
     module = module_of(todo[0].file)
@@ -247,7 +242,7 @@ def reasons(path: Path) -> dict[tuple[str, str, str], str]:
 
 
 def report() -> None:
-    rows, why = known(RESULTS / "mutants.csv"), reasons(RESULTS / "survivors.csv")
+    rows, why = known(RESULTS), reasons(REASONS)
     total: Counter[str] = Counter()
     for file in sorted({row["file"] for row in rows.values()}, key=list(JUDGES).index):
         mine = [row for row in rows.values() if row["file"] == file]
@@ -274,16 +269,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE")
     parser.add_argument("--sample", type=int, help="so many mutants of each file, not all")
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
-    parser.add_argument("--again", action="store_true", help="judge survivors once more")
+    parser.add_argument("--again", action="store_true", help="judge only survivors, again")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.chdir(ROOT)
     gc.freeze()
     for file in options.files:
-        found, count = mutants(file, options.sample, options.seed)
-        print(f"{file}: {len(found)} of {count} mutants drawn")
-        text = (ROOT / file).read_text(encoding="utf-8")
-        hunt(found, JUDGES[file], text, RESULTS / "mutants.csv", again=options.again)
+        rows = known(RESULTS)
+        if options.again:
+            outcomes = [(m, rows.get(m.key, {}).get("outcome")) for m in mutants(file)[0]]
+            todo = [m for m, outcome in outcomes if outcome == SURVIVED]
+        else:
+            found, count = mutants(file, options.sample, options.seed)
+            print(f"{file}: {len(found)} of {count} mutants drawn")
+            todo = [m for m in found if m.key not in rows]
+        hunt(todo, JUDGES[file], (ROOT / file).read_text(encoding="utf-8"), RESULTS)
     if not options.files:
         report()
 
