@@ -129,13 +129,10 @@ def radius_lower(
             "check the weights for NaN",
         )  # fmt: skip
     value, error = value.detach().cpu().double(), error.detach().cpu().double()
-    n, classes = value.shape
+    if len(value) == 0:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0).double(), torch.zeros(0).double()
     known = (value.isfinite() & error.isfinite() & (error >= 0)).all(1)
-    prediction = value.argmax(1) if n else torch.zeros(0, dtype=torch.int64)
-    if n == 0 or classes == 1:
-        everywhere = torch.where(known, math.inf, 0.0).double()
-        held = math.inf if execution is None else execution.largest_radius
-        return prediction, everywhere.clamp_max(held), everywhere
+    prediction = value.argmax(1)
     up, down = torch.full((), math.inf).double(), torch.full((), -math.inf).double()
     # Each float operation errs by at most half a step, so one step outward ends on the safe side;
     # the last step of the quotient makes r * reach < margin strict.

@@ -140,6 +140,21 @@ def test_execution_may_separate_classes_that_exactly_never_meet() -> None:
     assert float(radius_lower(row(1, 0), zero, bound, execution=parts)[1]) == 0.0
 
 
+def test_every_operation_of_a_margin_rounds_outward() -> None:
+    """Of logits near -0.4 and -1 the lower rounds twice as coarsely as the difference: the steps
+    of the other operations do not cover it."""
+    generator = torch.Generator().manual_seed(4)
+    low, high, errors = (torch.rand((20_000, n), dtype=torch.float64, generator=generator)
+                         for n in (1, 1, 2))  # fmt: skip
+    value = torch.cat((-0.4 - 0.05 * low, -1.0 - 0.1 * high), 1)
+    for flip in (False, True):
+        given = -value.flip(1) if flip else value
+        _, _, margin = radius_lower(given, 1e-3 * errors, hand_made(HEAD[:2]))
+        truths = rivals(given, 1e-3 * errors, value)
+        for found, (_, [(exact, _)]) in zip(margin.tolist(), truths, strict=True):
+            assert found <= exact
+
+
 @pytest.mark.parametrize("where", range(3))
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("what", ["value", "error"])
