@@ -164,10 +164,12 @@ def radius_lower(
     zero = torch.zeros_like(radius)
     radius = torch.where(known & radius.isnan().logical_not(), radius, zero)
     margin_lower = torch.where(known & (margin_lower > 0), margin_lower, zero)
-    return prediction, torch.where(margin_lower > 0, radius, zero), margin_lower
+    return prediction, radius, margin_lower
 
 
 def raised_sum(a: Tensor, b: Tensor | float) -> Tensor:
-    """Upper bound of ``a + b`` for float64 ``a`` that is itself the result of one rounding."""
-    up = torch.full((), math.inf).double()
-    return torch.nextafter(torch.nextafter(a, up) + b, up)
+    """Upper bound of ``a + b`` for nonnegative ``b`` and float64 ``a`` from one rounding.
+
+    Half a step of ``a`` and half a step of the sum are at most one step of the sum.
+    """
+    return torch.nextafter(a + b, torch.full((), math.inf).double())

@@ -60,6 +60,19 @@ class HostileProducts(TorchFunctionMode):
         return result.add_(self.aim(result, reach))
 
 
+class HostileSums(TorchFunctionMode):
+    """Every float64 sum of k nonnegative terms loses almost ``(k - 1) u`` of itself."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.sum or result.dtype != torch.float64 or not result.numel():
+            return result
+        terms = args[0].numel() // result.numel()
+        return result * (1.0 - SHARE * (terms - 1) * UNIT) if terms >= LEAST_TERMS else result
+
+
 @contextmanager
 def hostile(aim: Aim = towards_zero) -> Iterator[None]:
     """Hostile products inside; the self-test, which multiplies integers, would notice them."""

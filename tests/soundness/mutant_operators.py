@@ -86,7 +86,7 @@ def mutants(file: str, sample: int | None = None, seed: int = 1) -> tuple[list[M
             continue
         seen.add(source)
         before, after = _difference(text, source)
-        number = sum(l.strip() == lines[line - 1].strip() for l in lines[: line - 1])
+        number = sum(above.strip() == lines[line - 1].strip() for above in lines[: line - 1])
         found.append(Mutant(file, line, operator, before, after, number, source))
     return found, len(edits)
 

@@ -47,6 +47,7 @@ PATIENCE, GRACE = 1.5, 4
 MEMORY = 8 << 30
 
 _DIRECT = "tests/test_verified_rounding.py"
+_TERMS = "tests/soundness/test_proof_terms.py"
 _HOSTILE = "tests/soundness/test_hostile_arithmetic.py"
 _MATRIX = "tests/test_verified_matrix.py"
 _NO_TRACES = ("-k", "not estimates_of_operators")
@@ -56,9 +57,9 @@ JUDGES: dict[str, tuple[str, ...]] = {
         "tests/soundness/test_radius_rounding.py", "tests/test_radius.py",
         "tests/soundness/test_ties.py",
     ),
-    "lmtfast/verified/rounding.py": (_DIRECT, _MATRIX, _HOSTILE, *_NO_TRACES),
-    "lmtfast/verified/residual.py": (_MATRIX, _HOSTILE, *_NO_TRACES),
-    "lmtfast/verified/matrix.py": (_MATRIX, _DIRECT, _HOSTILE, *_NO_TRACES),
+    "lmtfast/verified/rounding.py": (_DIRECT, _TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
+    "lmtfast/verified/residual.py": (_TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
+    "lmtfast/verified/matrix.py": (_TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
     **dict.fromkeys(
         (f"lmtfast/enclosure/{name}.py"
          for name in ("linear", "joining", "registry", "logits", "elementwise")),

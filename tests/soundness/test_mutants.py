@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The hunt for mutants kills one that is known and lets an equivalent one live; its tables agree."""
+"""The hunt kills a known mutant and lets an equivalent one live; its tables agree."""
 
 from __future__ import annotations
 
