@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,16 @@ def certified_norms(model: nn.Module, traced: TracedModel) -> Mapping[str, Any]:
     return plan_bound(plan, model, level=RIGOROUS).per_operator
 
 
+@functools.cache
+def network(name: str) -> tuple[nn.Module, TracedModel, Mapping[str, Any]]:
+    """One of the table, traced once for all tests, with guaranteed norms. Not to be changed."""
+    shape, build = NETWORKS[name]
+    torch.manual_seed(len(name))
+    model = randomised(build(), torch.float32)
+    traced = trace_model(model, shape)
+    return model, traced, certified_norms(model, traced)
+
+
 def check_inside(model: nn.Module, x: Tensor, value: Tensor, error: Tensor) -> None:
     for sample, v, e in zip(x, value, error, strict=True):
         truth = evaluate(model, exact(sample))
@@ -53,11 +64,8 @@ def check_inside(model: nn.Module, x: Tensor, value: Tensor, error: Tensor) -> N
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_exact_logits_lie_inside(name: str) -> None:
-    shape, build = NETWORKS[name]
-    torch.manual_seed(len(name))
-    model = randomised(build(), torch.float32)
-    traced = trace_model(model, shape)
-    norms = certified_norms(model, traced)
+    model, traced, norms = network(name)
+    shape = NETWORKS[name][0]
     x = torch.cat([torch.randn(2, *shape), 40 * torch.randn(1, *shape), torch.zeros(1, *shape)])
     for chosen in (None, norms):
         value, error = enclose(model, traced, x, norms=chosen)

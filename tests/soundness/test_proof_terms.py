@@ -275,3 +275,5 @@ def test_subtraction_and_ratios_round_up() -> None:
     assert is_tight(sub_up(1.0, 1e-30), 1 - Fraction(1e-30))
     assert is_tight(ratio_up(1, 3), Fraction(1, 3))
     assert is_tight(ratio_up(-1, 3), Fraction(-1, 3))
+    # A quotient that rounds to the smallest negative number and is raised to zero: a positive one.
+    assert math.copysign(1.0, ratio_up(-3, 4 << 1074)) == 1.0

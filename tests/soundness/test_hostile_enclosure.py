@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""Enclosures whose calls err by far more than rounding, in the worst direction, and say so.
+
+Rounding is so small beside its bounds that an enclosure can forget half of what it carries and
+still contain the truth. Here one call of the program is wrong by a thousandth in every entry, its
+error bound says as much, and every sign is the one that moves a logit most.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from mpmath import mpf
+from torch import Tensor
+
+from lmtfast.builder import Value
+from lmtfast.enclosure import LogitEnclosure
+from lmtfast.enclosure.registry import Enclosed, length_up
+from tests.exact_networks import NETWORKS, evaluate, exact
+from tests.test_enclosure import network
+
+SIZE = 2.0**-10
+LEFT_TO_ROUNDING = 1.0 + 2.0**-40
+
+
+class Wrong(LogitEnclosure):
+    """An enclosure one of whose calls is off.
+
+    Attributes:
+        at: Which result, by its number.
+        shift: What is added to it, ``(N, ...)``.
+        whole: State the shift as a length at a base, not entry by entry.
+    """
+
+    at, count, whole = -1, 0, False
+    shift: Tensor | None = None
+    places: list[tuple[torch.Size, bool]]
+
+    def start(self, at: int, shift: Tensor | None, whole: bool = False) -> Wrong:
+        self.at, self.shift, self.whole, self.count, self.places = at, shift, whole, 0, []
+        return self
+
+    def _settled(self, result: Enclosed, traced: Value) -> Enclosed:
+        found = super()._settled(result, traced)
+        self.count += 1
+        self.places.append((found.value.shape, traced.expression is traced.base))
+        if self.count - 1 != self.at or self.shift is None:
+            return found
+        shift, local, base = self.shift.reshape(found.value.shape), found.local, found.base
+        value = found.value + shift
+        local = (local + value.abs() * 2.0**-50) * LEFT_TO_ROUNDING
+        if self.whole:
+            return Enclosed(value, local, (base + length_up(shift)) * LEFT_TO_ROUNDING, traced)
+        return Enclosed(value, (local + shift.abs()) * LEFT_TO_ROUNDING, base, traced)
+
+
+def inside(truth: np.ndarray, value: Tensor, error: Tensor) -> bool:
+    flat = [mpf(v) for v in truth.reshape(-1)]
+    return all(abs(t - mpf(v)) <= mpf(e)
+               for row, errors in zip(value.tolist(), error.tolist(), strict=True)
+               for t, v, e in zip(flat, row, errors, strict=True))  # fmt: skip
+
+
+def slopes(wrong: Wrong, x: Tensor, at: int, entries: int) -> Tensor:
+    """How every logit moves with every entry of a result, ``(entries, K)``."""
+    shifts = torch.cat((torch.zeros(1, entries), SIZE * torch.eye(entries))).double()
+    value, _ = wrong.start(at, shifts)(x.expand(entries + 1, *x.shape[1:]))
+    return value[1:] - value[:1]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_errors_of_a_call_reach_the_logits(name: str) -> None:
+    model, traced, norms = network(name)
+    shape = NETWORKS[name][0]
+    x = torch.randn(1, *shape, dtype=torch.float64)
+    truth = evaluate(model, exact(x[0]))
+    plain = Wrong(model, traced)
+    carried = Wrong(model, traced, norms=norms)
+    plain.start(-1, None)(x)
+    for at, (found, base) in enumerate(list(plain.places)):
+        entries = found[1:].numel()
+        moves = slopes(plain, x, at, entries)
+        signs = torch.where(moves >= 0, SIZE, -SIZE).mT
+        shifts = torch.cat((signs, -signs))
+        many = x.expand(len(shifts), *shape)
+        assert inside(truth, *plain.start(at, shifts)(many)), (at, found)
+        assert inside(truth, *carried.start(at, shifts)(many)), (at, found)
+        if base:
+            along = (SIZE * moves / moves.norm(dim=0).clamp_min(1e-300)).mT
+            shifts = torch.cat((along, -along))
+            assert inside(truth, *carried.start(at, shifts, whole=True)(many)), (at, found)
