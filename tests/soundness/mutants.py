@@ -50,6 +50,7 @@ _DIRECT = "tests/test_verified_rounding.py"
 _TERMS = "tests/soundness/test_proof_terms.py"
 _HOSTILE = "tests/soundness/test_hostile_arithmetic.py"
 _MATRIX = "tests/test_verified_matrix.py"
+_RECURSION = "tests/soundness/test_recursion_terms.py"
 _NO_TRACES = ("-k", "not estimates_of_operators")
 # What judges a file: the cheapest and most telling first. Slow tests do not take part.
 JUDGES: dict[str, tuple[str, ...]] = {
@@ -66,12 +67,10 @@ JUDGES: dict[str, tuple[str, ...]] = {
         ("tests/soundness/test_hostile_enclosure.py", "tests/test_enclosure.py",
          "-k", "not tight and not assumed and not tiny"),
     ),
-    **dict.fromkeys(
-        ("lmtfast/check.py", "lmtfast/check_execution.py"),
-        ("tests/test_check.py", "tests/test_check_tampering.py", "tests/test_check_torus.py"),
-    ),
-    "lmtfast/execution/recursion.py": ("tests/test_execution.py",
-                                       "tests/soundness/test_executed.py"),
+    "lmtfast/check.py": (
+        "tests/test_check.py", "tests/test_check_torus.py", "tests/test_check_tampering.py"),
+    "lmtfast/check_execution.py": (_RECURSION, "tests/test_execution.py"),
+    "lmtfast/execution/recursion.py": (_RECURSION, "tests/test_execution.py"),
     "lmtfast/verified/arithmetic.py": (_DIRECT, "tests/soundness/test_precision_settings.py"),
     "lmtfast/verified/weight_error.py": (
         "tests/test_verified_banded.py", "tests/test_audit.py", "tests/test_guarantee.py"),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmtfast import check_execution
 from lmtfast.execution.recursion import (
     HEADROOM,
     MAX_PENDING,
@@ -29,6 +30,10 @@ ZERO = Fraction(0)
 # The recursion covers roundings of roundings with 1 + 2^-19.
 NEAR = 1 + Fraction(1, 2**16)
 NARROW = Profile("narrow", "float32", 2.0**-24, 2.0**-150, 2.0**127)
+# What is allowed for underflow may be more than is needed.
+NOTHING = Fraction(1, 10**250)
+# The checker counts eight more roundings of every sum, and more for underflow.
+LOOSER, LESS = 8, Fraction(1, 10**120)
 PROFILES_TRIED = (PROFILES["fp32a64"], PROFILES["fp64"], NARROW)
 
 
@@ -62,7 +67,7 @@ class Line:
     def below(self, found: Affine) -> bool:
         """Whether the recursion's length covers this one, and is near."""
         pairs = ((self.constant, found.constant), (self.slope, found.slope))
-        return all(exact <= Fraction(given) <= exact * NEAR + Fraction(1, 10**290)
+        return all(exact <= Fraction(given) <= exact * NEAR + NOTHING
                    for exact, given in pairs)  # fmt: skip
 
 
@@ -339,3 +344,28 @@ def test_the_recursion_covers_its_derivation(profile: Profile, spread: int) -> N
             assert line.below(given), (seed, line, given)
         assert Fraction(found.largest_radius) <= exact[3], seed
         assert exact[3] <= Fraction(found.largest_radius) * NEAR
+
+
+@pytest.mark.parametrize("spread", [0, 3, 30])
+@pytest.mark.parametrize("semantics", check_execution.PROFILES)
+def test_the_checkers_recursion_covers_the_derivation(semantics: str, spread: int) -> None:
+    profile = PROFILES[semantics.removeprefix("executed(").removesuffix(")")]
+    assert check_execution.PROFILES[semantics] == (profile.unit, profile.underflow, profile.largest)
+    for seed in range(60):
+        drawn = Drawn(seed, spread)
+        program = {"head": drawn.head, "steps": drawn.steps}
+        (low, high), arrays = (-drawn.number(), drawn.number()), drawn.arrays
+
+        def get(item: Any, arrays: dict[str, np.ndarray] = arrays) -> np.ndarray:
+            array = arrays[item["ref"]["array"]]
+            return 1.0 / array if item["inverse"] else array
+
+        made = check_execution.Recursion(check_execution.PROFILES[semantics], get, drawn.tape)
+        found = made.run(program, math.sqrt(7) * max(-low, high))
+        derivation = Derivation(arrays, drawn.tape, profile)
+        exact = derivation.run(program, 7, (low, high))
+        peak = Line(*(max(getattr(s, k) for s in derivation.sizes) for k in ("constant", "slope")))
+        for line, given in zip((exact[0], exact[1], peak), (*found, made.peak), strict=True):
+            constant, slope = (Fraction(float(v)) * Fraction(check_execution.SAFE) for v in given)
+            assert line.constant <= constant <= line.constant * LOOSER + LESS, seed
+            assert line.slope <= slope <= line.slope * LOOSER + LESS, seed
