@@ -68,7 +68,8 @@ JUDGES: dict[str, tuple[str, ...]] = {
          "-k", "not tight and not assumed and not tiny"),
     ),
     "lmtfast/check.py": (
-        "tests/test_check.py", "tests/test_check_torus.py", "tests/test_check_tampering.py"),
+        "tests/soundness/test_checker_terms.py", "tests/test_check_torus.py", "tests/test_check.py",
+    ),
     "lmtfast/check_execution.py": (_RECURSION, "tests/test_execution.py"),
     "lmtfast/execution/recursion.py": (_RECURSION, "tests/test_execution.py"),
     "lmtfast/verified/arithmetic.py": (_DIRECT, "tests/soundness/test_precision_settings.py"),
