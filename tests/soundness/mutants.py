@@ -74,7 +74,8 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "lmtfast/execution/recursion.py": (_RECURSION, "tests/test_execution.py"),
     "lmtfast/verified/arithmetic.py": (_DIRECT, "tests/soundness/test_precision_settings.py"),
     "lmtfast/verified/weight_error.py": (
-        "tests/test_verified_banded.py", "tests/test_audit.py", "tests/test_guarantee.py"),
+        "tests/soundness/test_weight_error.py", "tests/test_verified_banded.py",
+    ),
     **dict.fromkeys(
         (f"lmtfast/verified/{name}.py" for name in ("banded", "convolution", "composite")),
         ("tests/test_verified_banded.py", _HOSTILE, *_NO_TRACES),
@@ -83,7 +84,7 @@ JUDGES: dict[str, tuple[str, ...]] = {
         (f"lmtfast/verified/{name}.py" for name in ("torus", "polyphase")),
         ("tests/test_verified_torus.py", _HOSTILE, *_NO_TRACES),
     ),
-    "lmtfast/verified/dense.py": ("tests/test_verified_banded.py", "tests/test_guarantee.py"),
+    "lmtfast/verified/dense.py": ("tests/test_verified_banded.py", "tests/test_audit.py"),
     "lmtfast/verified/moment.py": ("tests/test_verified_moment.py", "tests/test_draws.py"),
 }  # fmt: skip
 
