@@ -51,6 +51,7 @@ _TERMS = "tests/soundness/test_proof_terms.py"
 _HOSTILE = "tests/soundness/test_hostile_arithmetic.py"
 _MATRIX = "tests/test_verified_matrix.py"
 _RECURSION = "tests/soundness/test_recursion_terms.py"
+_OPERATORS = "tests/soundness/test_operator_terms.py"
 _NO_TRACES = ("-k", "not estimates_of_operators")
 # What judges a file: the cheapest and most telling first. Slow tests do not take part.
 JUDGES: dict[str, tuple[str, ...]] = {
@@ -78,14 +79,14 @@ JUDGES: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(
         (f"lmtfast/verified/{name}.py" for name in ("banded", "convolution", "composite")),
-        ("tests/test_verified_banded.py", _HOSTILE, *_NO_TRACES),
+        (_OPERATORS, "tests/test_verified_banded.py", _HOSTILE, *_NO_TRACES),
     ),
     **dict.fromkeys(
         (f"lmtfast/verified/{name}.py" for name in ("torus", "polyphase")),
-        ("tests/test_verified_torus.py", _HOSTILE, *_NO_TRACES),
+        (_OPERATORS, "tests/test_verified_torus.py", _HOSTILE, *_NO_TRACES),
     ),
     "lmtfast/verified/dense.py": ("tests/test_verified_banded.py", "tests/test_audit.py"),
-    "lmtfast/verified/moment.py": ("tests/test_verified_moment.py", "tests/test_draws.py"),
+    "lmtfast/verified/moment.py": (_OPERATORS, "tests/test_verified_moment.py", "tests/test_draws.py"),
 }  # fmt: skip
 
 
