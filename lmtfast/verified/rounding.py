@@ -177,15 +177,11 @@ def _root(p: int, q: int) -> tuple[int, int, bool]:
 
 
 def _root_up(p: int, q: int) -> float:
-    if p == 0:
-        return 0.0
     r, shift, exact = _root(p, q)
     return ratio_up(r if exact else r + 1, 1 << shift)
 
 
 def _root_down(p: int, q: int) -> float:
-    if p == 0:
-        return 0.0
     r, shift, _ = _root(p, q)
     return ratio_down(r, 1 << shift)
 

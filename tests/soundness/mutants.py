@@ -86,7 +86,9 @@ JUDGES: dict[str, tuple[str, ...]] = {
         (_OPERATORS, "tests/test_verified_torus.py", _HOSTILE, *_NO_TRACES),
     ),
     "lmtfast/verified/dense.py": ("tests/test_verified_banded.py", "tests/test_audit.py"),
-    "lmtfast/verified/moment.py": (_OPERATORS, "tests/test_verified_moment.py", "tests/test_draws.py"),
+    "lmtfast/verified/moment.py": (
+        _OPERATORS, "tests/test_verified_moment.py", "tests/test_draws.py",
+    ),
 }  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def test_the_moment_bound_is_its_formula(
 ) -> None:
     """Of 3 2^p times the identity, whose iterates are known."""
     content = torch.randint(0, 256, (24 * 40,), dtype=torch.uint8).numpy().tobytes()
-    delta, sigma = 2.0**-8, 3.0 * 2.0**power
+    delta, sigma = 0.25, 3.0 * 2.0**power
     found = moment_norm_upper(
         lambda x: x * sigma, lambda y: y * sigma, (5,), delta=delta, probes=probes,
         iterations=iterations, product_error=product_error, entropy=lambda n: content[:n],

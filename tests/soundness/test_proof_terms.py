@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmtfast.verified import residual
+from lmtfast.verified import residual, rounding
 from lmtfast.verified.matrix import row_column_up
 from lmtfast.verified.residual import BLOCK, ResidualSweep, product_depth
 from lmtfast.verified.rounding import (
@@ -265,6 +265,21 @@ def test_products_in_blocks_are_the_product() -> None:
 # ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("exponent", [-2500, -1500, -1000, 1000, 1500, 2500])
+def test_powers_of_two_go_beyond_the_range_of_one_factor(exponent: int) -> None:
+    value = torch.tensor([0.75 * 2.0 ** max(-1000, min(1000, -exponent))], dtype=torch.float64)
+    found = float(rounding.times_power_of_two(value, exponent))
+    exact = Fraction(float(value)) * Fraction(2) ** exponent
+    assert Fraction(found) == exact if abs(exponent) < 2000 else found in (0.0, math.inf)
+
+
+def test_zero_is_not_scaled() -> None:
+    for tensor in (torch.zeros(3).double(), torch.zeros(0, 2).double()):
+        scaled, exponent = rounding.prescale(tensor)
+        assert exponent == 0
+        assert torch.equal(scaled, tensor)
+
+
 @pytest.mark.parametrize("exponent", [-1100, -3, 0, 3, 1100])
 def test_scaling_is_exact_where_it_can_be(exponent: int) -> None:
     value = 0.7 * 2.0 ** min(0, -exponent // 2) * 2.0 ** max(0, -exponent // 2)
@@ -275,5 +290,9 @@ def test_subtraction_and_ratios_round_up() -> None:
     assert is_tight(sub_up(1.0, 1e-30), 1 - Fraction(1e-30))
     assert is_tight(ratio_up(1, 3), Fraction(1, 3))
     assert is_tight(ratio_up(-1, 3), Fraction(-1, 3))
+    assert rounding.sqrt_up(0.0) == rounding.hypot_up(0.0, 0.0) == rounding.hypot_up() == 0.0
+    zeros = (rounding.sum_down(()), rounding.mul_down(0.0, 1.0), rounding.div_down(0.0, 1.0),
+             rounding.ratio_down(0, 1), rounding.sqrt_down(0.0))  # fmt: skip
+    assert all(math.copysign(1.0, zero) == 1.0 for zero in zeros)
     # A quotient that rounds to the smallest negative number and is raised to zero: a positive one.
     assert math.copysign(1.0, ratio_up(-3, 4 << 1074)) == 1.0
