@@ -186,6 +186,7 @@ def test_the_depth_of_a_product_counts_every_rounding(inner: int, parts: int) ->
     """A product, the sums of its block, and one addition per block and part after the first."""
     blocks = -(-inner // BLOCK)
     assert product_depth(parts, inner) == min(inner, BLOCK) + parts * blocks - 1
+    assert product_depth(parts, 0) >= 0
 
 
 def excess(shifted: Tensor, factor: Tensor, imag: Sequence[Tensor] | None = None) -> Fraction:
