@@ -61,7 +61,7 @@ JUDGES: dict[str, tuple[str, ...]] = {
     ),
     "lmtfast/verified/rounding.py": (_DIRECT, _TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
     "lmtfast/verified/residual.py": (_TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
-    "lmtfast/verified/matrix.py": (_TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
+    "lmtfast/verified/matrix.py": (_TERMS, _MATRIX, _DIRECT, _HOSTILE, *_NO_TRACES),
     **dict.fromkeys(
         (f"lmtfast/enclosure/{name}.py"
          for name in ("linear", "joining", "registry", "logits", "elementwise")),
@@ -85,7 +85,7 @@ JUDGES: dict[str, tuple[str, ...]] = {
         (f"lmtfast/verified/{name}.py" for name in ("torus", "polyphase")),
         (_OPERATORS, "tests/test_verified_torus.py", _HOSTILE, *_NO_TRACES),
     ),
-    "lmtfast/verified/dense.py": ("tests/test_verified_banded.py", "tests/test_audit.py"),
+    "lmtfast/verified/dense.py": (_OPERATORS, "tests/test_verified_banded.py"),
     "lmtfast/verified/moment.py": (
         _OPERATORS, "tests/test_verified_moment.py", "tests/test_draws.py",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from fractions import Fraction
 
 import mpmath
@@ -13,8 +14,12 @@ import torch
 from mpmath import mpf
 from torch import Tensor
 
-from lmtfast.verified import banded
+from lmtfast.backends.reference import Leaves
+from lmtfast.verified import banded, composite, convolution
+from lmtfast.verified import dense as dense_module
 from lmtfast.verified.banded import residual_up
+from lmtfast.verified.convolution import ConvolutionGram, Geometry
+from lmtfast.verified.dense import materialise
 from lmtfast.verified.moment import (
     _DRAW_ERROR,
     PRODUCT_ERROR,
@@ -24,6 +29,17 @@ from lmtfast.verified.moment import (
 from lmtfast.verified.rounding import UNDERFLOW
 from lmtfast.verified.torus import _MULTIPLY_ERROR, _PHASE_ERROR, _symbol_error
 from tests.soundness.test_proof_terms import NEAR, ROOT2_DOWN, U, gamma, squared
+from tests.soundness.test_weight_error import (
+    OPERATIONS,
+    ROWS,
+    STORED,
+    W,
+    dense,
+    leaves,
+    never_below,
+    region,
+)
+from tests.test_verified_banded import all_forms, dense_matrix
 
 
 def root_down(value: Fraction) -> Fraction:
@@ -118,6 +134,94 @@ def test_estimates_that_are_no_numbers_prove_nothing() -> None:
         assert banded.squared_norm_upper(gram, estimate) == math.inf
     assert 1.0 <= banded.squared_norm_upper(gram, 1.0) <= 1.0 + 1e-6
     assert 1.0 <= banded.squared_norm_upper(gram, 0.999) <= 1.1
+
+
+# -- Gram matrices of operators
+# ----------------------------------------------------------------------------------------
+
+
+def majorant(left: Tensor, right: Tensor) -> Fraction:
+    """Square of the Frobenius norm of ``|left| |right|^T``."""
+    return squared(left.abs() @ right.abs().mT)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 40])
+@pytest.mark.parametrize("kernel", [(1,), (5,), (3, 2), (2, 2, 2)])
+@pytest.mark.parametrize("outputs", [False, True])
+@pytest.mark.parametrize("exponent", [0, -520])
+def test_a_convolutions_blocks_err_by_every_rounding(
+    channels: int, kernel: tuple[int, ...], outputs: bool, exponent: int
+) -> None:
+    """Where one output reads every input, an entry sums all products of channels and taps."""
+    ones = (1,) * len(kernel)
+    g = Geometry(kernel, ones, kernel, ones, ones, (0,) * len(kernel))
+    weight = torch.full((1, channels, *kernel), 0.75 * 2.0**exponent, dtype=torch.float64)
+    gram = ConvolutionGram(weight, g, convolution._form(g, 1, channels, outputs, 0))
+    count, inner = math.prod(kernel), channels if outputs else 1
+    found = Fraction(gram.error(0, 0))
+    if outputs:
+        least = gamma(inner + count - 1) * squared(weight / 2.0**exponent)
+    else:
+        matrix = (weight / 2.0**exponent).reshape(-1, 1)
+        least = gamma(inner) * root_down(majorant(matrix, matrix))
+    underflow = inner * (count if outputs else 1) * Fraction(UNDERFLOW)
+    assert least * Fraction(2) ** (2 * exponent) + underflow <= found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_of_convolutions_err_by_gamma_times_their_majorant(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "SMALLEST_BLOCK", 4)
+    generator = torch.Generator().manual_seed(seed)
+    g = Geometry((6, 5), (6, 4), (3, 2), (1, 1), (1, 1), (1, 0))
+    weight = torch.randint(1, 5, (2, 3, 3, 2), generator=generator).double()
+    matrix = dense_matrix(weight, g)
+    for form in all_forms(g, 2, 3):
+        axes = [form.axis, 1 - form.axis]
+        extent, order = (g.out_extent, 2) if form.outputs else (g.in_extent, 3)
+        side = (matrix if form.outputs else matrix.T).reshape(order, *extent, -1)
+        side = side.permute(*(1 + a for a in axes), 0, 3).flatten(0, -2)
+        gram = ConvolutionGram(weight, g, form)
+        starts = [sum(gram.orders[:k]) for k in range(len(gram.orders) + 1)]
+        rows = [side[starts[k] : starts[k + 1]] for k in range(len(gram.orders))]
+        inner = weight.shape[1 if form.outputs else 0]
+        for i in range(len(rows)):
+            for j in range(max(0, i - gram.bandwidth), i + 1):
+                least = gamma(inner + 1) ** 2 * majorant(rows[i], rows[j])
+                assert least <= Fraction(gram.error(i, j)) ** 2
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+@pytest.mark.parametrize("exponent", [0, -520])
+def test_blocks_of_regions_err_by_every_rounding(outputs: bool, exponent: int) -> None:
+    """A column of ones: each entry of T_i sums all products of a line."""
+    op = dense(1, 24) if outputs else dense(24, 1)
+    weights = Leaves({W: torch.full(op.out_shape + op.in_shape, 0.75, dtype=torch.float64)})
+    found = region(op)
+    reach = composite.line_reach(found, weights)
+    form = composite._form(found, reach if outputs else reach.T, outputs)
+    gram = composite.CompositeGram(found, weights, form, -exponent)
+    scale = Fraction(2) ** (2 * exponent)
+    for i in range(len(gram.orders)):
+        least = scale * gamma(24) * gram.orders[i] * 24 * Fraction(9, 16)
+        least += 24 * gram.orders[i] * Fraction(UNDERFLOW)
+        assert least <= Fraction(gram.error(i, i)) <= 4 * least
+
+
+@pytest.mark.parametrize("name", ["linear", "wide", "conv", "groups"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_materialising_errs_by_gamma_times_the_absolute_matrix(name: str, scaled: bool) -> None:
+    op = OPERATIONS[name]
+    op = replace(op, row_scales=ROWS, gain=0.5) if scaled else op
+    weights = leaves(op, r=op.out_shape[0])
+    absolute = materialise(region(op), weights).abs()
+    least = gamma(STORED + 2 if scaled else 1) ** 2 * squared(absolute)
+    assert least <= Fraction(dense_module._materialising_error(region(op), weights)) ** 2
+    if scaled:
+        # One float off in every entry is a matrix that the proof has to cover.
+        found = dense_module.dense_norm_upper(region(op), weights).upper
+        assert never_below(absolute * torch.sign(materialise(region(op), weights)), found)
 
 
 # -- symbols

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lmtfast.verified import residual, rounding
-from lmtfast.verified.matrix import row_column_up
+from lmtfast.verified.matrix import enclosure, row_column_up
 from lmtfast.verified.residual import BLOCK, ResidualSweep, product_depth
 from lmtfast.verified.rounding import (
     UNDERFLOW,
@@ -140,6 +140,15 @@ def test_moduli_whose_squares_vanish_count(imaginary: float) -> None:
         found = row_column_up(real, torch.full_like(real, imaginary))
         least = shape[0] * shape[1] * (Fraction(2.0**-600) ** 2 + Fraction(imaginary) ** 2)
         assert Fraction(found) ** 2 >= least
+
+
+def test_the_reported_slack_is_the_excess_over_the_estimate() -> None:
+    assert enclosure(3.0, 2.0, "cholesky").slack == 0.5
+    assert enclosure(1.0, 1.5, "cholesky").slack == 0.0
+    zero = enclosure(0.0, 7.0, "zero")
+    assert zero.upper == zero.lower == zero.slack == 0.0
+    for unknown in (0.0, math.inf, math.nan, -1.0):
+        assert enclosure(1.0, unknown, "cholesky").slack == math.inf
 
 
 # -- the residual form
