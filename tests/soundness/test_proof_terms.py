@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from lmtfast.verified import residual, rounding
-from lmtfast.verified.matrix import enclosure, row_column_up
+from lmtfast.verified.matrix import (
+    complex_matrix_norm_upper,
+    enclosure,
+    matrix_norm_upper,
+    row_column_up,
+)
 from lmtfast.verified.residual import BLOCK, ResidualSweep, product_depth
 from lmtfast.verified.rounding import (
     UNDERFLOW,
@@ -30,6 +35,7 @@ from lmtfast.verified.rounding import (
     scale_up,
     sub_up,
 )
+from tests.oracles import complex_norm_is_at_most, norm_is_at_most, svd_norm
 from tests.soundness.hostile import HostileSums
 
 U = Fraction(1, 2**53)
@@ -149,6 +155,36 @@ def test_the_reported_slack_is_the_excess_over_the_estimate() -> None:
     assert zero.upper == zero.lower == zero.slack == 0.0
     for unknown in (0.0, math.inf, math.nan, -1.0):
         assert enclosure(1.0, unknown, "cholesky").slack == math.inf
+
+
+@pytest.mark.parametrize("vanishing", ["real", "imag"])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (3, 5), (5, 3)])
+def test_a_part_that_vanishes_leaves_the_norm_of_the_other(
+    shape: tuple[int, int], batched: bool, vanishing: str
+) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    given = matrix.unsqueeze(0) if batched else matrix
+    for small in (torch.zeros_like(given), given * 2.0**-400, torch.full_like(given, 5e-324)):
+        pair = (small, given) if vanishing == "real" else (given, small)
+        found = complex_matrix_norm_upper(*pair)
+        exact = matrix.numpy()
+        assert norm_is_at_most(exact, found.upper)
+        assert found.upper <= svd_norm(exact) * (1 + 1e-9)
+
+
+def test_members_of_a_complex_batch_are_matrices() -> None:
+    real, imag = torch.randn(2, 4, 3, dtype=torch.float64).unbind(0)
+    single = complex_matrix_norm_upper(real, imag)
+    assert single == complex_matrix_norm_upper(real[None], imag[None])
+    assert complex_norm_is_at_most(real.numpy(), imag.numpy(), single.upper)
+
+
+@pytest.mark.parametrize("entry_error", [0.0, 0.5])
+def test_nothing_and_zero_have_the_norm_of_their_error(entry_error: float) -> None:
+    for shape, method in (((0, 3), "empty"), ((2, 0), "empty"), ((2, 3), "zero")):
+        found = matrix_norm_upper(torch.zeros(shape).double(), entry_error=entry_error)
+        assert (found.upper, found.lower, found.method) == (entry_error, 0.0, method)
 
 
 # -- the residual form
