@@ -147,11 +147,16 @@ def test_no_factoriser_makes_a_low_guess_true(relative: float, imaginary: bool) 
     assert sweep.squared >= top * (1 - 16 * UNIT)
 
 
-def test_the_largest_of_a_batch_may_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 6])
+def test_the_largest_of_a_batch_may_come_anywhere(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matrix_module, "chunk_size", lambda m, n: 1)
-    members = torch.randn(5, 6, 7, dtype=torch.float64) * 2.0 ** torch.arange(5.0).view(-1, 1, 1)
-    upper = matrix_norm_upper(members).upper
-    assert all(never_below(member, upper) for member in members)
+    sizes = 2.0 ** torch.arange(5.0).view(-1, 1, 1)
+    members = torch.randn(5, rows, 7, dtype=torch.float64) * sizes
+    for batch in (members, members.flip(0), members.roll(2, 0)):
+        upper = matrix_norm_upper(batch).upper
+        assert all(never_below(member, upper) for member in batch)
 
 
 @pytest.mark.parametrize("part", [0.3, 0.9, 1 - 1e-9])
