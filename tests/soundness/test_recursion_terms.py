@@ -232,14 +232,21 @@ class Derivation:
 
 
 class Drawn:
-    """A random program: lengths and factors are powers of two times something between 1 and 2."""
+    """A random program: lengths and factors are powers of two times something between 1 and 2.
 
-    def __init__(self, seed: int, spread: int) -> None:
+    ``start`` is the power of two of the first factor: storage underflows behind a small one, and
+    overflows behind a large one.
+    """
+
+    def __init__(self, seed: int, spread: int, start: int = 0) -> None:
         self.rng, self.spread = random.Random(seed), spread
         self.arrays: dict[str, np.ndarray] = {}
         self.tape: list[float] = []
         self.steps: list[dict[str, Any]] = [{"op": "input", "inputs": []}]
         self.bases = [0]
+        if start:
+            self.steps.append({**self.map(), "factor": (2.0**start).hex()})
+            self.bases.append(0)
         for _ in range(self.rng.randint(1, 7)):
             self.steps.append(self.step())
         body = len(self.steps)
@@ -330,11 +337,11 @@ class Drawn:
         return {"op": "slice", **self.common}
 
 
-@pytest.mark.parametrize("spread", [0, 3, 30])
+@pytest.mark.parametrize(("spread", "start"), [(0, 0), (3, 0), (30, 0), (1, -145), (1, 128)])
 @pytest.mark.parametrize("profile", PROFILES_TRIED, ids=lambda p: p.name)
-def test_the_recursion_covers_its_derivation(profile: Profile, spread: int) -> None:
+def test_the_recursion_covers_its_derivation(profile: Profile, spread: int, start: int) -> None:
     for seed in range(60):
-        drawn = Drawn(seed, spread)
+        drawn = Drawn(seed, spread, start)
         program = {"head": drawn.head, "steps": drawn.steps}
         low, high = -drawn.number(), drawn.number()
         found = execution_error(program, drawn.arrays, drawn.tape, profile, entries=7,
@@ -346,13 +353,15 @@ def test_the_recursion_covers_its_derivation(profile: Profile, spread: int) -> N
         assert exact[3] <= Fraction(found.largest_radius) * NEAR
 
 
-@pytest.mark.parametrize("spread", [0, 3, 30])
+@pytest.mark.parametrize(("spread", "start"), [(0, 0), (3, 0), (30, 0), (1, -145), (1, 128)])
 @pytest.mark.parametrize("semantics", check_execution.PROFILES)
-def test_the_checkers_recursion_covers_the_derivation(semantics: str, spread: int) -> None:
+def test_the_checkers_recursion_covers_the_derivation(
+    semantics: str, spread: int, start: int
+) -> None:
     profile = PROFILES[semantics.removeprefix("executed(").removesuffix(")")]
     assert check_execution.PROFILES[semantics] == (profile.unit, profile.underflow, profile.largest)
     for seed in range(60):
-        drawn = Drawn(seed, spread)
+        drawn = Drawn(seed, spread, start)
         program = {"head": drawn.head, "steps": drawn.steps}
         (low, high), arrays = (-drawn.number(), drawn.number()), drawn.arrays
 
@@ -369,3 +378,18 @@ def test_the_checkers_recursion_covers_the_derivation(semantics: str, spread: in
             constant, slope = (Fraction(float(v)) * Fraction(check_execution.SAFE) for v in given)
             assert line.constant <= constant <= line.constant * LOOSER + LESS, seed
             assert line.slope <= slope <= line.slope * LOOSER + LESS, seed
+
+
+@pytest.mark.parametrize("kind", ["add", "join"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0, 1)])
+def test_linear_joins_of_several_bases_are_refused(kind: str, order: tuple[int, ...]) -> None:
+    common = {"entries": 3, "norm": None}
+    function = {"op": "function", "inputs": [0], "slope": None, "rounded": 1, **common}
+    function |= {k: (1.0).hex() for k in ("constant", "value", "argument", "absolute", "zero")}
+    last = {"op": kind, "inputs": list(order), "fresh": False, "terms": 2, "shifts": [], **common}
+    program = {"head": None, "steps": [{"op": "input", "inputs": []}, function, last]}
+    with pytest.raises(ValueError, match="bases"):
+        execution_error(program, {}, [], PROFILES["fp64"], entries=3, input_range=(0.0, 1.0))
+    checker = check_execution.Recursion(check_execution.PROFILES["executed(fp64)"], None, [])
+    with pytest.raises(ValueError, match="bases"):
+        checker.run(program, 1.0)
