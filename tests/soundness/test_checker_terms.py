@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmtfast import check
+from lmtfast import check, check_execution
 
 U = Fraction(1, 2**53)
 NEAR = 1 + Fraction(1, 10**9)
@@ -34,10 +34,15 @@ def test_lengths(shape: tuple[int, ...], power: int) -> None:
     for _ in range(5):
         array = np.ldexp(rng.standard_normal(shape), power)
         assert at_most(squared(array), check.length(array))
+        # The other file's adds what may underflow.
+        found = Fraction(check_execution.length(array))
+        assert squared(array) <= found**2
+        assert power < -300 or found**2 <= squared(array) * NEAR
     # As many equal entries as there are: the sum may lose half a unit of itself for each.
-    assert Fraction(check.length(np.ones(shape))) >= (1 + (math.prod(shape) // 2) * U) * Fraction(
-        math.isqrt(math.prod(shape))
-    )
+    for length in (check.length, check_execution.length):
+        least = (1 + (math.prod(shape) // 2) * U) * math.isqrt(math.prod(shape))
+        assert Fraction(length(np.ones(shape))) >= least
+        assert length(np.zeros(shape)) == length(np.zeros(0)) == 0.0
 
 
 @pytest.mark.parametrize("count", [0, 1, 100, 10**9])

@@ -340,7 +340,7 @@ class Drawn:
 @pytest.mark.parametrize(("spread", "start"), [(0, 0), (3, 0), (30, 0), (1, -145), (1, 128)])
 @pytest.mark.parametrize("profile", PROFILES_TRIED, ids=lambda p: p.name)
 def test_the_recursion_covers_its_derivation(profile: Profile, spread: int, start: int) -> None:
-    for seed in range(60):
+    for seed in range(40):
         drawn = Drawn(seed, spread, start)
         program = {"head": drawn.head, "steps": drawn.steps}
         low, high = -drawn.number(), drawn.number()
@@ -360,7 +360,7 @@ def test_the_checkers_recursion_covers_the_derivation(
 ) -> None:
     profile = PROFILES[semantics.removeprefix("executed(").removesuffix(")")]
     assert check_execution.PROFILES[semantics] == (profile.unit, profile.underflow, profile.largest)
-    for seed in range(60):
+    for seed in range(40):
         drawn = Drawn(seed, spread, start)
         program = {"head": drawn.head, "steps": drawn.steps}
         (low, high), arrays = (-drawn.number(), drawn.number()), drawn.arrays
