@@ -27,6 +27,7 @@ from lmtfast.execution.recursion import (
 from lmtfast.profiles import PROFILES, Profile
 
 ZERO = Fraction(0)
+ROOT2_DOWN = Fraction(math.isqrt(2 << 400), 1 << 200)
 # The recursion covers roundings of roundings with 1 + 2^-19.
 NEAR = 1 + Fraction(1, 2**16)
 NARROW = Profile("narrow", "float32", 2.0**-24, 2.0**-150, 2.0**127)
@@ -378,6 +379,53 @@ def test_the_checkers_recursion_covers_the_derivation(
             constant, slope = (Fraction(float(v)) * Fraction(check_execution.SAFE) for v in given)
             assert line.constant <= constant <= line.constant * LOOSER + LESS, seed
             assert line.slope <= slope <= line.slope * LOOSER + LESS, seed
+
+
+@pytest.mark.parametrize("semantics", check_execution.PROFILES)
+@pytest.mark.parametrize("start", [0, 110])
+def test_the_checkers_drift_is_that_of_two_logits(semantics: str, start: int) -> None:
+    """``P e_h(r) + sqrt(2) |l|(r)``, and no bound where a size at that radius overflows."""
+    profile = PROFILES[semantics.removeprefix("executed(").removesuffix(")")]
+    away, radius = np.array([0.0, 0.75, 2.0]), np.array([[1e-3], [1.0], [2.0**14], [2.0**1020]])
+    overflowed = 0
+    for seed in range(20):
+        drawn = Drawn(seed, 1, start)
+        program = {"head": drawn.head, "steps": drawn.steps}
+        low, high, arrays = -drawn.number(), drawn.number(), drawn.arrays
+        header = {"semantics": semantics, "assumptions": ["A1: x", "A6: y"],
+                  "input_range": [low.hex(), high.hex()],
+                  "network": {"input": [7], "executed": program}}  # fmt: skip
+
+        def get(item: Any, arrays: dict[str, np.ndarray] = arrays) -> np.ndarray:
+            array = arrays[item["ref"]["array"]]
+            return 1.0 / array if item["inverse"] else array
+
+        with np.errstate(all="ignore"):
+            found = check_execution.drift(header, get, drawn.tape)(away, radius)
+        derivation = Derivation(arrays, drawn.tape, profile)
+        features, rest, *_ = derivation.run(program, 7, (low, high))
+        for row, (r,) in zip(found.tolist(), radius.tolist(), strict=True):
+            peak = max(size.constant + Fraction(r) * size.slope for size in derivation.sizes)
+            if peak > Fraction(profile.largest):
+                assert row == [math.inf] * 3
+                overflowed += 1
+                continue
+            for far, value in zip(away.tolist(), row, strict=True):
+                least = Fraction(far) * (features.constant + Fraction(r) * features.slope)
+                least += ROOT2_DOWN * (rest.constant + Fraction(r) * rest.slope)
+                assert value == math.inf or least <= Fraction(value) <= least * LOOSER + LESS
+    assert overflowed > 0
+
+
+def test_roundings_to_storage_have_to_be_assumed() -> None:
+    program = {"head": None, "steps": [{"op": "input", "inputs": []}]}
+    header = {"semantics": "executed(fp32a64)", "assumptions": ["A1: x", "A5: y"],
+              "input_range": [(0.0).hex(), (1.0).hex()],
+              "network": {"input": [3], "executed": program}}  # fmt: skip
+    with pytest.raises(ValueError, match="assumed"):
+        check_execution.drift(header, None, [])
+    check_execution.drift({**header, "semantics": "executed(fp64)"}, None, [])
+    check_execution.drift({**header, "assumptions": ["A6: y"]}, None, [])
 
 
 @pytest.mark.parametrize("kind", ["add", "join"])
