@@ -75,5 +75,5 @@ def test_every_survivor_is_explained_and_every_explanation_needed() -> None:
     survivors = {key_of(row)[:3] for row in rows.values() if row["outcome"] == SURVIVED}
     assert survivors == set(reasons(REASONS))
     assert all(reasons(REASONS).values())
-    assert {row["file"] for row in rows.values()} == set(JUDGES)
+    assert {row["file"] for row in rows.values()} <= set(JUDGES)
     assert len(rows) >= 300
