@@ -8,6 +8,9 @@ error bound says as much, and every sign is the one that moves a logit most.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +19,10 @@ from torch import Tensor
 
 from lmtfast.builder import Value
 from lmtfast.enclosure import LogitEnclosure
-from lmtfast.enclosure.registry import Enclosed, length_up
+from lmtfast.enclosure.registry import Enclosed, length_up, outward, rounded
+from lmtfast.verified.rounding import UNDERFLOW
 from tests.exact_networks import NETWORKS, evaluate, exact
+from tests.soundness.hostile import HostileSums
 from tests.test_enclosure import network
 
 SIZE = 2.0**-10
@@ -53,6 +58,36 @@ class Wrong(LogitEnclosure):
         if self.whole:
             return Enclosed(value, local, (base + length_up(shift)) * LEFT_TO_ROUNDING, traced)
         return Enclosed(value, (local + shift.abs()) * LEFT_TO_ROUNDING, base, traced)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 5), (7000,)])
+@pytest.mark.parametrize("power", [-1070, -540, 0, 400])
+def test_lengths_may_lose_what_their_sum_may(shape: tuple[int, ...], power: int) -> None:
+    for entry in (0.75, 0.3):
+        errors = torch.full((2, *shape), entry * 2.0**power, dtype=torch.float64)
+        errors[1] = 0.0
+        with HostileSums():
+            found = length_up(errors).tolist()
+        least = math.prod(shape) * Fraction(float(errors.max())) ** 2
+        assert least <= Fraction(found[0]) ** 2
+        assert power < -300 or Fraction(found[0]) ** 2 <= least * (1 + Fraction(1, 10**9))
+        assert 0.0 < found[1] < 1e-140
+
+
+def test_few_operations_may_round_thirty_times() -> None:
+    unit = Fraction(1, 2**53)
+    values = [0.0, 5e-324, 2.0**-1000, 0.1, 1.0 - 2.0**-53, 1.0, 3.0, 1e300]
+    tensor = torch.tensor(values, dtype=torch.float64)
+    for value, found in zip(values, outward(tensor).tolist(), strict=True):
+        exact = Fraction(value)
+        assert exact / (1 - unit) ** 30 <= Fraction(found)
+        assert Fraction(found) <= exact * (1 + 40 * unit) + 2 * Fraction(UNDERFLOW)
+        assert found >= UNDERFLOW
+    for ulps in (1.0, 8.0):
+        for value, found in zip(values, rounded(-tensor, ulps).tolist(), strict=True):
+            least = Fraction(ulps) * unit * Fraction(value)
+            assert least <= Fraction(found) <= 4 * least + 2 * Fraction(UNDERFLOW)
+            assert found >= UNDERFLOW
 
 
 def inside(truth: np.ndarray, value: Tensor, error: Tensor) -> bool:
