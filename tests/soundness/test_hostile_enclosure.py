@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from mpmath import mpf
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmtfast.builder import Value
 from lmtfast.enclosure import LogitEnclosure
 from lmtfast.enclosure.registry import Enclosed, length_up, outward, rounded
+from lmtfast.tracing import trace_model
 from lmtfast.verified.rounding import UNDERFLOW
 from tests.exact_networks import NETWORKS, evaluate, exact
 from tests.soundness.hostile import HostileSums
@@ -53,6 +54,8 @@ class Wrong(LogitEnclosure):
         if self.count - 1 != self.at or self.shift is None:
             return found
         shift, local, base = self.shift.reshape(found.value.shape), found.local, found.base
+        if not found.value.any():  # nothing rounds
+            return Enclosed(shift, shift.abs(), base, traced)
         value = found.value + shift
         local = (local + value.abs() * 2.0**-50) * LEFT_TO_ROUNDING
         if self.whole:
@@ -83,6 +86,7 @@ def test_few_operations_may_round_thirty_times() -> None:
         assert exact / (1 - unit) ** 30 <= Fraction(found)
         assert Fraction(found) <= exact * (1 + 40 * unit) + 2 * Fraction(UNDERFLOW)
         assert found >= UNDERFLOW
+    assert torch.equal(rounded(tensor), rounded(tensor, 1.0))
     for ulps in (1.0, 8.0):
         for value, found in zip(values, rounded(-tensor, ulps).tolist(), strict=True):
             least = Fraction(ulps) * unit * Fraction(value)
@@ -125,3 +129,17 @@ def test_errors_of_a_call_reach_the_logits(name: str) -> None:
             along = (SIZE * moves / moves.norm(dim=0).clamp_min(1e-300)).mT
             shifts = torch.cat((along, -along))
             assert inside(truth, *carried.start(at, shifts, whole=True)(many)), (at, found)
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 1000])
+def test_the_sum_of_carried_errors_is_itself_rounded(width: int) -> None:
+    """From 0 to 1 in every entry: the logits move by the sums of rows, to the last digit."""
+    torch.manual_seed(width)
+    model = nn.Sequential(nn.ReLU(), nn.Linear(width, 100, bias=False)).double().eval()
+    with torch.no_grad():
+        model[1].weight.abs_()
+    wrong = Wrong(model, trace_model(model, (width,)))
+    x = torch.zeros(1, width, dtype=torch.float64)
+    _, error = wrong.start(0, torch.ones_like(x))(x)
+    for row, found in zip(model[1].weight.tolist(), error[0].tolist(), strict=True):
+        assert sum(map(Fraction, row)) <= Fraction(found)
