@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmtfast import check_execution
+from lmtfast import check, check_execution
 from lmtfast.execution.recursion import (
     HEADROOM,
     MAX_PENDING,
@@ -366,11 +366,10 @@ def test_the_checkers_recursion_covers_the_derivation(
         program = {"head": drawn.head, "steps": drawn.steps}
         (low, high), arrays = (-drawn.number(), drawn.number()), drawn.arrays
 
-        def get(item: Any, arrays: dict[str, np.ndarray] = arrays) -> np.ndarray:
-            array = arrays[item["ref"]["array"]]
-            return 1.0 / array if item["inverse"] else array
-
-        made = check_execution.Recursion(check_execution.PROFILES[semantics], get, drawn.tape)
+        get = check.Weights(arrays).get
+        made = check_execution.Recursion(
+            check_execution.PROFILES[semantics], get, drawn.tape, check.length
+        )
         found = made.run(program, math.sqrt(7) * max(-low, high), drawn.head is not None)
         derivation = Derivation(arrays, drawn.tape, profile)
         exact = derivation.run(program, 7, (low, high))
@@ -396,12 +395,9 @@ def test_the_checkers_drift_is_that_of_two_logits(semantics: str, start: int) ->
                   "input_range": [low.hex(), high.hex()],
                   "network": {"input": [7], "executed": program, "head": drawn.head}}  # fmt: skip
 
-        def get(item: Any, arrays: dict[str, np.ndarray] = arrays) -> np.ndarray:
-            array = arrays[item["ref"]["array"]]
-            return 1.0 / array if item["inverse"] else array
-
+        get = check.Weights(arrays).get
         with np.errstate(all="ignore"):
-            found = check_execution.drift(header, get, drawn.tape)(away, radius)
+            found = check_execution.drift(header, get, drawn.tape, check.length)(away, radius)
         derivation = Derivation(arrays, drawn.tape, profile)
         features, rest, *_ = derivation.run(program, 7, (low, high))
         for row, (r,) in zip(found.tolist(), radius.tolist(), strict=True):
@@ -423,9 +419,9 @@ def test_roundings_to_storage_have_to_be_assumed() -> None:
               "input_range": [(0.0).hex(), (1.0).hex()],
               "network": {"input": [3], "executed": program, "head": None}}  # fmt: skip
     with pytest.raises(ValueError, match="assumed"):
-        check_execution.drift(header, None, [])
-    check_execution.drift({**header, "semantics": "executed(fp64)"}, None, [])
-    check_execution.drift({**header, "assumptions": ["A6: y"]}, None, [])
+        check_execution.drift(header, None, [], check.length)
+    check_execution.drift({**header, "semantics": "executed(fp64)"}, None, [], check.length)
+    check_execution.drift({**header, "assumptions": ["A6: y"]}, None, [], check.length)
 
 
 @pytest.mark.parametrize("kind", ["add", "join"])
@@ -438,6 +434,8 @@ def test_linear_joins_of_several_bases_are_refused(kind: str, order: tuple[int, 
     program = {"head": None, "steps": [{"op": "input", "inputs": []}, function, last]}
     with pytest.raises(ValueError, match="bases"):
         execution_error(program, {}, [], PROFILES["fp64"], entries=3, input_range=(0.0, 1.0))
-    checker = check_execution.Recursion(check_execution.PROFILES["executed(fp64)"], None, [])
+    checker = check_execution.Recursion(
+        check_execution.PROFILES["executed(fp64)"], None, [], check.length
+    )
     with pytest.raises(ValueError, match="bases"):
         checker.run(program, 1.0, False)
