@@ -168,8 +168,8 @@ def radius_lower(
 
 
 def raised_sum(a: Tensor, b: Tensor | float) -> Tensor:
-    """Upper bound of ``a + b`` for nonnegative ``b`` and float64 ``a`` from one rounding.
+    """Upper bound of ``a + b`` for nonnegative ``b`` and nonnegative ``a`` from one rounding.
 
     Half a step of ``a`` and half a step of the sum are at most one step of the sum.
     """
-    return torch.nextafter(a + b, torch.full((), math.inf).double())
+    return torch.nextafter(a + b, a.new_full((), math.inf))

@@ -152,6 +152,7 @@ CANARIES = (
         "    highest = torch.nextafter(value + error, up)\n",
         "    highest = torch.nextafter(value, up)\n",
         (
+            "tests/soundness/test_radius_rounding.py",
             "tests/test_radius.py",
             "tests/test_certification.py",
         ),
@@ -206,14 +207,20 @@ CANARIES = (
         "lmtfast/enclosure/registry.py",
         "        return outward(source.base * self.region_norm(source.traced))\n",
         "        return source.base\n",
-        ("tests/test_enclosure.py",),
+        (
+            "tests/soundness/test_hostile_enclosure.py",
+            "tests/test_enclosure.py",
+        ),
     ),
     Canary(
         "nonlinear calls do not amplify",
         "lmtfast/enclosure/registry.py",
         "        total = outward(constant * (length_up(source.local) + self.carried(source)))\n",
         "        total = outward(length_up(source.local) + self.carried(source))\n",
-        ("tests/test_enclosure.py",),
+        (
+            "tests/soundness/test_hostile_enclosure.py",
+            "tests/test_enclosure.py",
+        ),
     ),
     Canary(
         "the batch norm's rounding is forgotten",
@@ -223,14 +230,20 @@ CANARIES = (
             " * UNIT_ROUNDOFF)\n"
         ),
         "    own = torch.zeros_like(scaled)\n",
-        ("tests/test_enclosure.py",),
+        (
+            "tests/soundness/test_hostile_enclosure.py",
+            "tests/test_enclosure.py",
+        ),
     ),
     Canary(
         "a sum's own rounding is forgotten",
         "lmtfast/enclosure/joining.py",
         "    local = rounded(value)\n    carried",
         "    local = torch.zeros_like(value)\n    carried",
-        ("tests/test_enclosure.py",),
+        (
+            "tests/soundness/test_hostile_enclosure.py",
+            "tests/test_enclosure.py",
+        ),
     ),
     Canary(
         "what overflowed counts as known",
@@ -305,6 +318,7 @@ CANARIES = (
         "            error += length(e) + gamma(depth) * size\n",
         "            error += gamma(depth) * size\n",
         (
+            "tests/soundness/test_checker_terms.py",
             "tests/test_check.py",
             "tests/test_check_tampering.py",
         ),
@@ -315,6 +329,7 @@ CANARIES = (
         "(moved < gap[at])",
         "(moved <= gap[at] * (1 + 2.0**-40))",
         (
+            "tests/soundness/test_checker_terms.py",
             "tests/test_check.py",
             "tests/test_check_tampering.py",
         ),
