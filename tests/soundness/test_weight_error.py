@@ -261,4 +261,4 @@ def test_regions_are_applied_as_materialised() -> None:
         weights = leaves(op)
         x = torch.randn(2, *op.in_shape, dtype=torch.float64)
         image = region_apply(region(op), weights, x).flatten(1)
-        assert torch.allclose(image, x.flatten(1) @ materialise(region(op), weights).mT)
+        torch.testing.assert_close(image, x.flatten(1) @ materialise(region(op), weights).mT)
