@@ -22,7 +22,7 @@ from lmtfast.enclosure import LogitEnclosure
 from lmtfast.enclosure.registry import Enclosed, length_up, outward, rounded
 from lmtfast.tracing import trace_model
 from lmtfast.verified.rounding import UNDERFLOW
-from tests.cases import Lambda, sampled
+from tests.cases import Lambda
 from tests.exact_networks import NETWORKS, evaluate, exact
 from tests.soundness.hostile import HostileSums
 from tests.test_enclosure import network
@@ -109,7 +109,7 @@ def slopes(wrong: Wrong, x: Tensor, at: int, entries: int) -> Tensor:
     return value[1:] - value[:1]
 
 
-@pytest.mark.parametrize("name", sampled(NETWORKS, 3))
+@pytest.mark.parametrize("name", NETWORKS)
 def test_errors_of_a_call_reach_the_logits(name: str) -> None:
     model, traced, norms = network(name)
     shape = NETWORKS[name][0]
