@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -234,7 +235,10 @@ simple("forward of the instance", lambda m: setattr(m.act, "forward", lambda x: 
 simple("forward of the model", lambda m: setattr(m, "forward", lambda x: 3 * Net.forward(m, x)))
 simple("class of the instance", lambda m: setattr(m.act, "__class__", nn.ReLU))
 simple("pruned", lambda m: prune.random_unstructured(plain(m), "weight", 0.5))
-simple("spectral norm", lambda m: parametrizations.spectral_norm(m.twin))
+# Of the layer whose norm is the farthest from the 1 that it is given.
+simple("spectral norm", lambda m: parametrizations.spectral_norm(max(
+    (m.twin, m.enter, m.head),
+    key=lambda p: abs(math.log(torch.linalg.matrix_norm(p.weight.detach(), 2))))))  # fmt: skip
 simple("old weight norm", lambda m: nn.utils.weight_norm(m.twin).weight_g.detach().mul_(3))
 simple(
     "load_state_dict",
