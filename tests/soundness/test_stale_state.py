@@ -78,11 +78,13 @@ def check(body: str, name: str, folder: Path) -> None:
     held = prepared(body, route)
     model, x, y = held.model, held.x, held.y
     pairs, total = held.rigorous.pairs.clone(), held.rigorous.total
+    # Of both signs, so that every piece of an activation takes part.
+    probe = torch.cat((x, torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0))))
     with torch.no_grad():
-        before = model(x)
+        before = model(probe)
     with route.enter(model):
         with torch.no_grad():
-            after = model(x.to(next(model.parameters()).dtype)).float()
+            after = model(probe.to(next(model.parameters()).dtype)).float()
         twin = copied(model)
         moved = (after - before).abs() > 1e-2 * before.abs()
         assert bool(moved.any()), "the change has no effect"
@@ -100,11 +102,13 @@ def check(body: str, name: str, folder: Path) -> None:
             return
         fresh = lf.NetworkBound(twin, SHAPE, engine="operator").rescan()
         assert close(float(answer.total), float(fresh.total))
-        losses = [lf.margin_cross_entropy(after, y, b, eps=0.5) for b in (answer, fresh)]
+        losses = [lf.margin_cross_entropy(after[: len(y)], y, b, eps=0.5) for b in (answer, fresh)]
         assert close(*(float(loss.detach()) for loss in losses))
 
 
-CASES = tuple(product(BODIES, NAMES))
+# PyTorch computes no orthogonal weights in 16 bits: such a model has no outputs.
+IMPOSSIBLE = {("orthogonal", "half"), ("orthogonal", "bfloat16")}
+CASES = tuple(case for case in product(BODIES, NAMES) if case not in IMPOSSIBLE)
 # A default run takes every second route on every fifth body.
 QUICK = tuple((tuple(BODIES)[5 * (i % 4)], n) for i, n in enumerate(NAMES[::2]))
 
@@ -125,6 +129,8 @@ def test_no_answer_is_stale(body: str, name: str, tmp_path: Path) -> None:
 def test_no_answer_is_stale_whatever_the_module(body: str, tmp_path: Path) -> None:
     failures = {}
     for name in NAMES:
+        if (body, name) not in CASES:
+            continue
         try:
             check(body, name, tmp_path)
         except AssertionError as error:
