@@ -97,3 +97,10 @@ def small_net():
     )
     x, y = 2 * torch.rand(12, 1, 10, 10) - 1, torch.arange(12) % 4
     return net.eval(), x, y
+
+
+def attacked_net():
+    """A small network, its inputs and labels, its certificate, and what one attack found."""
+    net, x, y = small_net()
+    certificate = certified(net, x, y)
+    return net, x, y, certificate, lf.attack(net, certificate, (x, y), attacks=[NEWTON])

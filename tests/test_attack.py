@@ -20,13 +20,13 @@ from lmtfast.polish import shorten
 from tests.attack_cases import (
     MIRROR,
     NEWTON,
+    attacked_net,
     certified,
     exact_squared_radius,
     linear_net,
     needs,
     seeded,
     signs,
-    small_net,
 )
 
 # -- verdicts ----------------------------------------------------------------------------------
@@ -136,9 +136,7 @@ def test_power_on_many_linear_nets():
 
 @pytest.fixture(scope="module")
 def example():
-    net, x, y = small_net()
-    certificate = certified(net, x, y)
-    return net, x, y, certificate, lf.attack(net, certificate, (x, y), attacks=[NEWTON])
+    return attacked_net()
 
 
 def test_the_report_counts_what_was_found(example):

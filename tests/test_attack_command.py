@@ -17,7 +17,7 @@ from benchmarks.attack_check import keep
 from lmtfast.adversaries import ADVERSARIES, choose
 from lmtfast.errors import ArgumentError, CertificateError, MissingDependencyError, TrainModeError
 from lmtfast.plot import plot_certificates
-from tests.attack_cases import NEWTON, certified, linear_net, needs, seeded, small_net
+from tests.attack_cases import NEWTON, attacked_net, certified, linear_net, needs, seeded, small_net
 
 FOOLBOX = [n for n, a in ADVERSARIES.items() if a.library == "foolbox"]
 ART = [n for n, a in ADVERSARIES.items() if a.library == "art"]
@@ -25,9 +25,7 @@ ART = [n for n, a in ADVERSARIES.items() if a.library == "art"]
 
 @pytest.fixture(scope="module")
 def example():
-    net, x, y = small_net()
-    certificate = certified(net, x, y)
-    return net, x, y, certificate, lf.attack(net, certificate, (x, y), attacks=[NEWTON])
+    return attacked_net()
 
 
 # -- refusals ----------------------------------------------------------------------------------
