@@ -7,9 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <mutex>
 #include <numbers>
-#include <utility>
+#include <vector>
 
 #include "core/buffer.h"
 #include "core/parallel.h"
@@ -25,7 +26,7 @@ constexpr double kStalled = 1e-3;
 constexpr double kRoots[] = {1.0, 1.6180339887498949, 1.3247179572447461, 1.2207440846057596};
 // Weights of one tile: few enough to spread over many cores, and so many that a tile's sums, which
 // are as long as eight rows, are a small part of what it reads.
-constexpr int64_t kTileWeights = 1 << 21;
+constexpr int64_t kTileWeights = 1 << 22;
 constexpr int64_t kLeastTileRows = 64;
 // Work that pays for waking a thread, and what a group takes besides its weights.
 constexpr int64_t kWeightsPerThread = 1 << 14;
@@ -274,69 +275,116 @@ void plan(SymbolRun& run) {
   }
 }
 
-// Hands out scratch, or, from null, counts the floats it takes.
-int64_t place(SymbolRun& run, float* scratch, Complex* terms) {
+// Hands out an operator's scratch, or, from null, counts the floats it takes.
+int64_t place(SymbolRun& run, const SymbolOperator& op, float* scratch) {
   int64_t used = 0;
   const auto take = [&](int64_t n) {
     float* at = scratch ? scratch + used : nullptr;
     used += blocks_of(n) * kBlock;
     return at;
   };
-  for (SymbolPart& part : run.parts) {
-    const SymbolOperator& op = run.ops[part.op];
+  for (int64_t g = 0; g < op.row->groups; ++g) {
+    SymbolPart& part = run.parts[op.first_part + g];
     part.x = take(kCandidates * 2 * op.width);
     part.panel = take(op.blocks * kPanelBlock);
     part.images = take(op.row->rows * kPanelColumns);
     if (op.row->identity != 0.0) part.centre = take(op.row->rows * kPanelColumns);
-    part.terms = terms;
-    if (terms) terms += op.spectrum.taps();
-  }
-  for (SymbolTile& tile : run.tiles) {
-    if (run.call.new_state) tile.sums = take(run.ops[run.parts[tile.part].op].blocks * kPanelBlock);
+    for (int64_t i = part.first_tile; i < part.end_tile && run.call.new_state; ++i) {
+      run.tiles[i].sums = take(op.blocks * kPanelBlock);
+    }
   }
   return used;
 }
+
+// Scratch of the operators that are under way. The next one gets that of one that has ended, which
+// is still in the cache: panels for the whole network would be written to memory and read again.
+class ScratchPool {
+ public:
+  explicit ScratchPool(int64_t size) : size_(size) {}
+
+  float* take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) {
+      all_.push_back(std::make_unique<Buffer<float>>(size_));
+      return all_.back()->data();
+    }
+    float* scratch = free_.back();
+    free_.pop_back();
+    return scratch;
+  }
+  void give_back(float* scratch) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(scratch);
+  }
+
+ private:
+  int64_t size_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Buffer<float>>> all_;
+  std::vector<float*> free_;
+};
+
+// What the threads that share an operator agree on.
+struct Progress {
+  std::once_flag begun;
+  float* scratch = nullptr;
+  std::atomic<int64_t> advanced = 0;
+};
 
 }  // namespace
 
 void symbol_step(const SpectralStep& call) {
   SymbolRun run{call, {}, {}, {}};
-  int64_t weights = 0, n_terms = 0;
+  int64_t weights = 0, n_terms = 0, largest = 0;
   for (const int64_t i : call.which) {
     run.ops.emplace_back(call.network, call.tensors, call.saved, i);
     weights += call.tensors[call.network.rows[i].weight_slot].size;
     n_terms += call.network.rows[i].groups * run.ops.back().spectrum.taps();
   }
   plan(run);
-  Buffer<float> scratch(place(run, nullptr, nullptr));
+  for (const SymbolOperator& op : run.ops) largest = std::max(largest, place(run, op, nullptr));
+  ScratchPool pool(largest);
   Buffer<Complex> terms(n_terms);
-  place(run, scratch.data(), terms.data());
-  // The longest tiles first, so that threads end together, and those of one group apart.
-  std::vector<int64_t> order(run.tiles.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-  const auto rank = [&](int64_t i) {
-    const SymbolTile& tile = run.tiles[i];
-    const SymbolPart& part = run.parts[tile.part];
-    return std::pair(-(tile.end - tile.begin) * run.ops[part.op].columns, i - part.first_tile);
+  Complex* next_terms = terms.data();
+  for (SymbolPart& part : run.parts) {
+    part.terms = next_terms;
+    next_terms += run.ops[part.op].spectrum.taps();
+  }
+  // Operators with the longest tiles first, so that threads end together.
+  std::vector<const SymbolOperator*> sorted;
+  for (const SymbolOperator& op : run.ops) sorted.push_back(&op);
+  const auto length = [&](const SymbolOperator* op) {
+    const SymbolTile& tile = run.tiles[run.parts[op->first_part].first_tile];
+    return (tile.end - tile.begin) * op->columns;
   };
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return rank(a) < rank(b); });
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [&](const auto* a, const auto* b) { return length(a) > length(b); });
+  std::vector<int64_t> order;
+  for (const SymbolOperator* op : sorted) {
+    const SymbolPart *first = &run.parts[op->first_part], *last = first + op->row->groups - 1;
+    for (int64_t i = first->first_tile; i < last->end_tile; ++i) order.push_back(i);
+  }
   // Whoever begins a group's first tile prepares the group; whoever ends its last one goes on with
   // it while its sums are in the cache.
+  std::vector<Progress> progress(run.ops.size());
   std::vector<std::once_flag> prepared(run.parts.size());
-  std::vector<std::atomic<int64_t>> passed(run.parts.size()), advanced(run.ops.size());
+  std::vector<std::atomic<int64_t>> passed(run.parts.size());
   const int64_t work = weights + kWeightsPerGroup * static_cast<int64_t>(run.parts.size());
   const int64_t threads = choose_threads(call.threads, work, kWeightsPerThread);
   parallel_for(static_cast<int64_t>(order.size()), threads, [&](int64_t i) {
     SymbolTile& tile = run.tiles[order[i]];
     SymbolPart& part = run.parts[tile.part];
     const SymbolOperator& op = run.ops[part.op];
+    Progress& its = progress[part.op];
+    std::call_once(its.begun, [&] { place(run, op, its.scratch = pool.take()); });
     std::call_once(prepared[tile.part], [&] { prepare(run, part); });
     pass(run, tile);
     if (++passed[tile.part] < part.end_tile - part.first_tile) return;
     norms(run, part);
     if (call.new_state) advance(run, part);
-    if (++advanced[part.op] == op.row->groups) record(run, op);
+    if (++its.advanced < op.row->groups) return;
+    record(run, op);
+    pool.give_back(its.scratch);
   });
 }
 

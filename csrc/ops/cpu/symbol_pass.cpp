@@ -137,11 +137,12 @@ void pass(const SymbolRun& run, SymbolTile& tile) {
     float* images = part.images + begin * kPanelColumns;
     std::fill(images, images + rows * kPanelColumns, 0.0f);
     kernels.multiply(weights, part.panel, images);
-    tail_kernels.multiply(end, part.panel + whole * kPanelBlock, images);
+    if (rest > 0) tail_kernels.multiply(end, part.panel + whole * kPanelBlock, images);
     if (!tile.sums) continue;
     scale_images(run, part, tile, begin, rows, coefficients);
     const bool fresh = begin == tile.begin;
     kernels.multiply_adjoint(weights, coefficients, fresh, tile.sums);
+    if (rest == 0) continue;
     tail_kernels.multiply_adjoint(end, coefficients, fresh, tile.sums + whole * kPanelBlock);
   }
 }

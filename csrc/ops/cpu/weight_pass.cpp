@@ -113,6 +113,24 @@ LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begi
   }
 }
 
+// sums[i] += the sum of the `lanes` numbers at i, by halves.
+template <int lanes>
+LMTFAST_INLINE void add_lanes(int64_t count, const float* from, float* sums) {
+  if constexpr (lanes == 1) {
+    for (int64_t i = 0; i < count; ++i) sums[i] += from[i];
+  } else {
+    constexpr int kHalf = lanes / 2;
+    alignas(64) float halves[kRowBlock * kPanelColumns * kHalf];
+    for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+      for (int l = 0; l < kHalf; ++l) {
+        halves[i * kHalf + l] = from[2 * i * kHalf + l] + from[(2 * i + 1) * kHalf + l];
+      }
+    }
+    add_lanes<kHalf>(count, halves, sums);
+  }
+}
+
 template <int lanes, class T, int height, int width>
 LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel, float* images) {
   alignas(64) float totals[kRowBlock * kPanelColumns * lanes];
@@ -143,15 +161,7 @@ LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel,
       }
     }
   }
-  const int64_t sums = weights.rows * kPanelColumns;
-  for (int64_t half = lanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < sums; ++i) {
-      for (int64_t l = 0; l < half; ++l) {
-        totals[i * half + l] = totals[2 * i * half + l] + totals[(2 * i + 1) * half + l];
-      }
-    }
-  }
-  for (int64_t i = 0; i < sums; ++i) images[i] += totals[i];
+  add_lanes<lanes>(weights.rows * kPanelColumns, totals, images);
 }
 
 // `height` vectors of the panel against all rows, `width` columns at a time.
@@ -161,6 +171,7 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
   using Vector = typename Simd<lanes>::Vector;
   constexpr int64_t kPerBlock = kBlock / lanes;
   const T* data = static_cast<const T*>(weights.data) + vector * lanes;
+  const T* next = weights.next ? static_cast<const T*>(weights.next) + vector * lanes : data;
   float* at[height];
 #pragma GCC unroll 4
   for (int j = 0; j < height; ++j) {
@@ -183,6 +194,12 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
       Vector w[height];
 #pragma GCC unroll 4
       for (int j = 0; j < height; ++j) load<lanes>(data + r * weights.stride + j * lanes, w[j]);
+      // Memory would be idle here: half of what multiply reads next. All of it would be more than
+      // arrives meanwhile, and other loads would wait.
+      if (k0 == 0 && r % 2 == 0) {
+#pragma GCC unroll 4
+        for (int j = 0; j < height; ++j) fetch(next + r / 2 * weights.stride + j * lanes);
+      }
 #pragma GCC unroll 8
       for (int k = 0; k < width; ++k) {
         const float c = coefficients[r * kPanelColumns + k0 + k];
