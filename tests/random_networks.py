@@ -140,7 +140,9 @@ def min_max(net: RandomNetwork, i: int) -> Step | None:
     j, axis = net.alike(i), net.axis(i)
     if net.shapes[i][axis - 1] > 5:
         return None
-    return lambda v: torch.cat([torch.maximum(v[i], v[j]), torch.minimum(v[j], v[i])], axis)
+    # No sorted pair where a constant comes between: both halves then grow along the same way.
+    c = net.rng.choice((0.0, 0.0, 1.5))
+    return lambda v: torch.cat([torch.maximum(v[i], v[j] + c), torch.minimum(v[j], v[i])], axis)
 
 
 def branches(net: RandomNetwork, i: int) -> Step | None:
@@ -187,6 +189,27 @@ def per_entry(net: RandomNetwork, i: int) -> Step:
     shape = net.rng.choice((shape, (*ones, shape[-1]), (shape[0], *ones)))
     scale = net.add(_Tensor(torch.randn(shape)))
     return lambda v: v[i] * scale.value
+
+
+def shift(net: RandomNetwork, i: int) -> Step:
+    a = net.rng.choice((0.0, 1.0, -2.5))
+    offset = net.add(_Tensor(torch.randn(net.shapes[i])))
+    return net.rng.choice(
+        [lambda v: v[i] + a, lambda v: a - v[i], lambda v: v[i] + offset.value, lambda v: v[i] - a]
+    )
+
+
+def clip(net: RandomNetwork, i: int) -> Step:
+    a = net.rng.choice((0.0, 0.7, -0.2))
+    offset = net.add(_Tensor(torch.randn(net.shapes[i])))
+    return net.rng.choice(
+        [
+            lambda v: v[i].clamp(a - 1, a),
+            lambda v: torch.maximum(v[i], offset.value),
+            lambda v: torch.minimum(offset.value, v[i]),
+            lambda v: v[i].clamp(min=a),
+        ]
+    )
 
 
 def reorder(net: RandomNetwork, i: int) -> Step:
@@ -304,7 +327,7 @@ class _Tensor(nn.Module):
 
 GROWTHS: tuple[Callable[[RandomNetwork, int], Step | None], ...] = (
     linear, linear, linear, activation, activation, shared, combine, combine, combine, concatenate,
-    concatenate, cut, cut, cut, min_max, branches, branches, branches, factor, per_entry, reorder,
-    convolve, convolve, pool, broadcast, pick, normalise, order, swap_halves, stacked_pair, border,
-    prelu,
+    concatenate, cut, cut, cut, min_max, branches, branches, branches, factor, per_entry, shift,
+    clip, reorder, convolve, convolve, pool, broadcast, pick, normalise, order, swap_halves,
+    stacked_pair, border, prelu,
 )  # fmt: skip
