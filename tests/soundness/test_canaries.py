@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.seeding import MODULES
-from tests.soundness import claim_canaries, proof_canaries
+from tests.soundness import checker_canaries, claim_canaries, proof_canaries
 from tests.soundness.canary import Canary
 
 ROOT = Path(__file__).resolve().parents[2]
-CANARIES = (*proof_canaries.CANARIES, *claim_canaries.CANARIES)
+CANARIES = (*proof_canaries.CANARIES, *claim_canaries.CANARIES, *checker_canaries.CANARIES)
 
 
 def seeded(canary: Canary) -> str:
