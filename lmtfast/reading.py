@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmtfast.errors import StalePlanError
 from lmtfast.graph import ParameterRef
 from lmtfast.plan import BoundPlan
-from lmtfast.settings import ModuleSettings, constants_in
+from lmtfast.settings import ModuleSettings, Snapshot, constants_in
 from lmtfast.tracing import trace_model
 from lmtfast.weights import Weights, named_tensors
 
@@ -33,22 +33,28 @@ class ModelReader:
         self.model, self.plan = model, plan
         self._remember()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has modules of its own: their settings are looked at one by one the first time.
+        return {**self.__dict__, "_snapshot": None}
+
     def _check(self) -> None:
-        same = self._unchanged()
-        if same and all(settings.unchanged() for settings in self._settings):
+        if self._snapshot is not None and self._snapshot.unchanged():
             return
         self.plan.check_fresh(self.model)
         changed = [{*settings.differences()} for settings in self._settings]
-        if trace_model(self.model, self.plan.graph.input_shape).graph != self.plan.graph:
-            found = zip(self._settings, changed, strict=True)
-            names = [f"{type(s.module).__name__}.{name}" for s, c in found for name in sorted(c)]
+        known = [*zip(self._settings, changed, strict=True)]
+        if (
+            any(changed)
+            and trace_model(self.model, self.plan.graph.input_shape).graph != self.plan.graph
+        ):
+            names = [f"{type(s.module).__name__}.{name}" for s, c in known for name in sorted(c)]
             raise StalePlanError(
                 "the program that was traced",
-                ", ".join(names[:3]) or "other modules",
+                ", ".join(names[:3]),
                 type(self.model).__name__,
                 "make a new NetworkBound after changing a layer's settings, hooks or forward",
             )
-        known = zip(self._settings, changed, strict=True)
+        same = [*self.model.modules()] == [s.module for s in self._settings]
         self._remember([s.idle_after(c) for s, c in known] if same else None)
 
     def _remember(self, idle: Sequence[Collection[str]] | None = None) -> None:
@@ -59,13 +65,7 @@ class ModelReader:
         self._settings = [
             ModuleSettings(m, constants, names) for m, names in zip(modules, idle, strict=True)
         ]
-        self._modules = [(m, type(m), tuple(m._modules.values())) for m in modules]
-        self._shapes: list[tuple[dict[str, Any], tuple[tuple[str, torch.Size], ...]]] = []
-        for m in modules:
-            for store in (m._parameters, m._buffers):
-                shapes = tuple((n, t.shape) for n, t in store.items() if t is not None)
-                if shapes:
-                    self._shapes.append((store, shapes))
+        self._snapshot: Snapshot | None = Snapshot(self._settings)
         self._stores = [
             self._store(ref.name) if isinstance(ref, ParameterRef) else None
             for ref in self.plan.slots
@@ -81,17 +81,6 @@ class ModelReader:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         return (module._parameters if leaf in module._parameters else module._buffers), leaf
-
-    def _unchanged(self) -> bool:
-        for module, kind, children in self._modules:
-            if type(module) is not kind or tuple(module._modules.values()) != children:
-                return False
-        for store, shapes in self._shapes:
-            for name, shape in shapes:
-                tensor = store.get(name)
-                if tensor is None or tensor.shape != shape:
-                    return False
-        return True
 
     def tensors(
         self, dtype: torch.dtype, batch_variance: Mapping[str, Tensor] | None = None

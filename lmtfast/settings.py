@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What a module's forward reads besides parameters and buffers: attributes, hooks, its code."""
+"""What a forward reads besides the numbers in its tensors: attributes, children, hooks, code."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from operator import is_
+from itertools import chain, repeat
+from operator import attrgetter, eq, is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -17,15 +18,21 @@ from lmtfast.weights import constant_ref
 
 # Attributes every module has: tensors and submodules are read elsewhere, the mode moves no bound.
 _COMMON = frozenset(vars(nn.Module()))
+# Dictionaries of a module; the order of the entries counts in the first three.
+_STORES = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_parameters", "_buffers")
+_ORDERED = _STORES[:3]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_code = attrgetter("forward", "__call__")  # of a class
+_stores = itemgetter(*_STORES)  # of a module's ``vars``
 
 
 class ModuleSettings:
     """The settings of one module as they were, to be compared with what they are.
 
-    Attributes count by identity or equal value, containers and objects of plain values by content,
-    and a tensor that is no buffer by content if the plan holds it as a constant (one that a hook
-    computes at every forward is none). What a closure or a global variable holds is not seen.
+    Children and hooks count by identity and order, attributes by identity or equal value,
+    containers and objects of plain values by content, and a tensor that is no buffer by content if
+    the plan holds it as a constant (one that a hook computes at every forward is none). What a
+    closure or a global variable holds is not seen.
 
     Args:
         module: The module.
@@ -42,22 +49,19 @@ class ModuleSettings:
     ) -> None:
         self.module = module
         self.idle = frozenset(idle)
-        self._code = _code(module)
-        self._hooks = _hooks(module)
-        self._attributes: dict[str, Any] = {}
-        self._containers: dict[str, Any] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._size = len(vars(module))
+        self._code = (type(module), *_code(type(module)))
+        self._ordered = _ordered(module)
+        self.attributes: dict[str, Any] = {}
+        self.containers: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 if constants and not value.is_meta and constant_ref(value) in constants:
-                    self._tensors[name] = value.detach().clone()
+                    self.tensors[name] = value.detach().clone()
             elif name not in _COMMON and name not in self.idle:
-                self._attributes[name] = value
+                self.attributes[name] = value
                 if (content := _content(value)) is not None:
-                    self._containers[name] = content
-        self._names = tuple(self._attributes)
-        self._values = tuple(self._attributes.values())
+                    self.containers[name] = content
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSettings:
         # By way of the pickled form the code would be lost.
@@ -69,38 +73,24 @@ class ModuleSettings:
         # Code is not pickled; without it the first comparison fails: the model is traced again.
         return {**self.__dict__, "_code": None}
 
-    def unchanged(self) -> bool:
-        """Whether every setting is what it was; a microsecond where none is mutable."""
-        now, kind = vars(self.module), type(self.module)
-        same = (
-            len(now) == self._size
-            and (kind.forward, kind.__call__) == self._code
-            and (*now["_forward_hooks"], None, *now["_forward_pre_hooks"]) == self._hooks
-            and all(map(is_, map(now.get, self._names), self._values))
-            and not self._tensors
-        )
-        for name, content in self._containers.items():
-            same = same and _content(now.get(name)) == content
-        return same or not any(self.differences())
-
     def differences(self) -> Iterator[str]:
         """Names of the settings that changed."""
-        now = vars(self.module)
-        if _code(self.module) != self._code:
+        now, kind = vars(self.module), type(self.module)
+        if (kind, *_code(kind)) != self._code:
             yield "forward"
-        if _hooks(self.module) != self._hooks:
-            yield "hooks"
-        for name, value in self._attributes.items():
+        for name, items in _ordered(self.module).items():
+            if items != self._ordered[name]:
+                yield name.strip("_")
+        for name, value in self.attributes.items():
             if not _same(now.get(name, ...), value):
                 yield name
-        for name, value in self._containers.items():
+        for name, value in self.containers.items():
             if _content(now.get(name)) != value:
                 yield name
-        for name, tensor in self._tensors.items():
-            found = now.get(name)
-            if not isinstance(found, Tensor) or not torch.equal(found, tensor):
+        for name, tensor in self.tensors.items():
+            if not _equal(now.get(name), tensor):
                 yield name
-        added = now.keys() - self._attributes.keys() - _COMMON - self.idle
+        added = now.keys() - self.attributes.keys() - _COMMON - self.idle
         yield from (name for name in sorted(added) if not isinstance(now[name], Tensor))
 
     def idle_after(self, changed: Collection[str]) -> frozenset[str]:
@@ -110,13 +100,80 @@ class ModuleSettings:
         return self.idle | (frozenset(changed) - frozenset(listed))
 
 
-def _code(module: nn.Module) -> tuple[object, object]:
-    return type(module).forward, type(module).__call__
+class Snapshot:
+    """The settings of all modules and the shapes of their tensors, compared without a loop over
+    modules: every training step asks whether anything changed, and nearly always nothing did.
+
+    Args:
+        settings: Of every module of a model, taken just now.
+    """
+
+    def __init__(self, settings: Sequence[ModuleSettings]) -> None:
+        self._modules = [s.module for s in settings]
+        self._kinds = [*map(type, self._modules)]
+        self._classes = [*dict.fromkeys(self._kinds)]
+        self._code = [*map(_code, self._classes)]
+        self._members = [*map(vars, self._modules)]
+        self._stores = [*chain.from_iterable(map(_stores, self._members))]
+        self._sized = self._members + self._stores
+        self._sizes = [*map(len, self._sized)]
+        ordered = chain.from_iterable(map(itemgetter(*_ORDERED), self._members))
+        self._ordered = [store for store in ordered if len(store) > 1]
+        self._order = [*map(tuple, self._ordered)]
+        items = [(store, *item) for store in self._stores for item in store.items()]
+        self._attributes = _Entries(
+            [(vars(s.module), *item) for s in settings for item in s.attributes.items()]
+            + [item for item in items if not isinstance(item[2], Tensor)]
+        )
+        # Whatever their value, they are there: no new attribute makes up for a removed one.
+        self._others = _Entries(
+            [(m, n, ...) for s in settings for m in (vars(s.module),)
+             for n in m.keys() - s.attributes.keys() - _COMMON]
+        )  # fmt: skip
+        self._shapes = _Entries([(d, n, t.shape) for d, n, t in items if isinstance(t, Tensor)])
+        self._containers = _Entries(
+            [(vars(s.module), *item) for s in settings for item in s.containers.items()]
+        )
+        self._tensors = _Entries(
+            [(vars(s.module), *item) for s in settings for item in s.tensors.items()]
+        )
+
+    def unchanged(self) -> bool:
+        """Whether every setting and shape is what it was; a microsecond per module."""
+        attributes, shapes = self._attributes, self._shapes
+        return (
+            all(map(is_, map(type, self._modules), self._kinds))
+            and all(map(is_, map(vars, self._modules), self._members))
+            and [*map(_code, self._classes)] == self._code
+            and all(map(is_, chain.from_iterable(map(_stores, self._members)), self._stores))
+            and [*map(len, self._sized)] == self._sizes
+            and [*map(tuple, self._ordered)] == self._order
+            and self._others.match(is_not)
+            and (attributes.match(is_) or attributes.match(_same))
+            and shapes.match(eq, map(getattr, shapes.now(), repeat("shape"), repeat(None)))
+            and self._containers.match(eq, map(_content, self._containers.now()))
+            and self._tensors.match(_equal)
+        )
 
 
-def _hooks(module: nn.Module) -> tuple[int | None, ...]:
-    # Handles are numbered through the whole process, so equal numbers are the same hooks.
-    return (*module._forward_hooks, None, *module._forward_pre_hooks)
+class _Entries:
+    # Entries of many dictionaries in three columns, which iterators in C go through.
+    def __init__(self, rows: list[tuple[dict[Any, Any], Any, Any]]) -> None:
+        self._owners, self._names, self._values = [*zip(*rows, strict=True)] or [()] * 3
+
+    def now(self) -> Iterator[Any]:
+        return map(dict.get, self._owners, self._names, repeat(...))
+
+    def match(self, same: Callable[[Any, Any], bool], now: Iterator[Any] | None = None) -> bool:
+        return all(map(same, self.now() if now is None else now, self._values))
+
+
+def _ordered(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(vars(module)[name].items()) for name in _ORDERED}
+
+
+def _equal(found: Any, tensor: Tensor) -> bool:
+    return isinstance(found, Tensor) and torch.equal(found, tensor)
 
 
 def _content(value: Any) -> Any:

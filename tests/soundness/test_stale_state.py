@@ -166,8 +166,7 @@ def test_a_change_without_effect_on_the_bound_is_no_refusal() -> None:
     model.remark = "a note"
     assert close(float(bound().total), before)
     # Found equal once, it is compared with the new state: no further trace.
-    assert bound._reader._unchanged()
-    assert all(settings.unchanged() for settings in bound._reader._settings)
+    assert bound._reader._snapshot.unchanged()
 
 
 class Counting(nn.Module):
@@ -202,3 +201,83 @@ def test_a_counter_is_traced_again_once_and_not_at_every_call(
     model.linear = nn.Sequential(model.linear, nn.Linear(2, 2))
     with pytest.raises(StalePlanError):
         bound()
+
+
+class Asking(nn.Linear):
+    """Scales by a parameter if it has one, and keeps its latest output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.latest = y.detach()
+        return y * getattr(self, "scale", 1.0)
+
+
+def large() -> nn.Parameter:
+    return nn.Parameter(torch.full((2,), 30.0))
+
+
+def forward_for_tensor(layer: nn.Module) -> None:
+    """As many attributes as before."""
+    del layer.latest
+    layer.forward = lambda x: 30 * nn.Linear.forward(layer, x)
+
+
+def other_function(layer: nn.Module) -> None:
+    """A hook of the same number."""
+    (number,) = layer._forward_hooks
+    layer._forward_hooks[number] = lambda module, inputs, output: 30 * output
+
+
+def other_dictionary(layer: nn.Module) -> None:
+    weight = nn.Parameter(30 * layer.weight.detach())
+    layer._parameters = {**layer._parameters, "weight": weight}
+
+
+HIDDEN = {
+    "a weight where none was": lambda m: setattr(m[1], "weight", large()),
+    "a parameter that is asked for": lambda m: m[0].register_parameter("scale", large()),
+    "a tensor's place": lambda m: forward_for_tensor(m[0]),
+    "a hook's function": lambda m: other_function(m[0]),
+    "another dictionary": lambda m: other_dictionary(m[0]),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("copy_first", [False, True])
+def test_a_change_that_leaves_names_and_numbers_as_they_were(name: str, copy_first: bool) -> None:
+    model = nn.Sequential(Asking(3, 2), nn.BatchNorm1d(2, affine=False)).eval()
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    model(torch.rand(2, 3))
+    bound = lf.NetworkBound(model, (3,), engine="operator")
+    bound()
+    if copy_first:
+        bound = copy.deepcopy(bound)
+        (model,) = bound._model
+    before = float(bound.rescan().total)
+    HIDDEN[name](model)
+    try:
+        after = float(bound.rescan().total)
+    except StalePlanError:
+        with pytest.raises(StalePlanError):
+            bound()
+    else:
+        assert after > 10 * before
+        assert close(after, float(lf.NetworkBound(model, (3,), engine="operator").rescan().total))
+
+
+def test_equal_settings_and_copies_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("residual block")
+    bound = lf.NetworkBound(model, SHAPE, engine="operator")
+    monkeypatch.setattr(reading, "trace_model", None)
+    before = float(bound.rescan().total)
+    model.act.negative_slope = float("0.5")
+    model.shift.gains = [*model.shift.gains]
+    model.latest = torch.rand(3)
+    assert close(float(bound().total), before)
+    twin = copy.deepcopy(bound)
+    assert close(float(twin().total), before)
+    assert bound._reader._snapshot.unchanged()
+    assert twin._reader._snapshot.unchanged()
+    model.act.negative_slope = 4.0
+    assert not bound._reader._snapshot.unchanged()
+    assert twin._reader._snapshot.unchanged()
