@@ -21,7 +21,7 @@ class ModelReader:
     """The tensors of a plan's slots, as they are now.
 
     The model is compared at every call with the traced one: by identity of its modules, shapes of
-    their tensors and identity of their settings, which costs microseconds. Where one of these
+    their tensors and identity of their settings, a microsecond per module. Where one of these
     differs, the model is traced again, and refused if its graph is another one.
 
     Args:
