@@ -292,6 +292,10 @@ LINEAR = (
     seen("sum over channels", Lambda(lambda m, x: x.sum(1)), (3, 2, 2)),
     seen("x minus its mean", Lambda(lambda m, x: x - x.mean(1, keepdim=True)), (4, 3)),
     seen("outer broadcast", Lambda(lambda m, x: x + x[:, :1]), (4, 3), exact=False),
+    seen("sum with alpha", Lambda(lambda m, x: torch.add(x, x.flip(1), alpha=3)), (4,)),
+    seen("difference with alpha", Lambda(lambda m, x: torch.sub(x, x.flip(1), alpha=-2)), (4,)),
+    seen("reverse difference with alpha", Lambda(lambda m, x: torch.rsub(x, x.flip(1), alpha=2)),
+         (4,)),
 )  # fmt: skip
 
 COPIES = (
