@@ -73,7 +73,7 @@ def matrix(node: Json, weight: np.ndarray) -> np.ndarray:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(50))
 def test_convolutions_are_read_and_proved_as_they_are(seed: int) -> None:
     node, weight = drawn(seed)
     exact = matrix(node, weight)
@@ -83,11 +83,11 @@ def test_convolutions_are_read_and_proved_as_they_are(seed: int) -> None:
     assert refused(alone(node), norm * BELOW, {"w": weight}) == ["claim"] * (norm > 0.0)
 
 
-@pytest.mark.parametrize("seed", range(60))
-@pytest.mark.parametrize("line", [1, 4, check.LINE])
+@pytest.mark.parametrize("seed", range(40))
 def test_blocks_are_the_matrix_in_lines_of_its_smaller_side(
-    seed: int, line: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    line = (1, 4, check.LINE)[seed % 3]
     monkeypatch.setattr(check, "LINE", line)
     node, weight = drawn(seed)
     groups, ends = node["groups"], (node["in"][1:], node["out"][1:])

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""The checker's proof of a norm where the arithmetic is exact: what is left is what it counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmtfast import check
+from tests.oracles import svd_norm
+from tests.soundness.test_checker_operators import BELOW, UP, drawn, matrix
+from tests.soundness.test_checker_terms import samples
+
+UNIT, NEAR = 2.0**-8, 1.0 + 2.0**-17
+
+
+def gamma(count: int) -> float:
+    return count * UNIT / (1.0 - count * UNIT)
+
+
+def depth(inner: int) -> int:
+    """Roundings of a matrix product that is added up in chunks, and subtracted."""
+    return min(inner, check.CHUNK) + inner // check.CHUNK + 2
+
+
+Spans = Sequence[tuple[int, int]]
+
+
+def counted(rows: list[np.ndarray], spans: Spans, factors: list[np.ndarray], g: float) -> float:
+    """Bound on ``|g I - T T^T - L L^T|`` by the blocks' lengths and the roundings of each."""
+    assert check.UNIT == UNIT  # which lengths take into account as well
+    count, width = len(rows), max(high for _, high in spans)
+    wide = [
+        np.pad(r, ((0, 0), (low, width - high))) for r, (low, high) in zip(rows, spans, strict=True)
+    ]
+    lower: dict[tuple[int, int], np.ndarray] = {}
+    sums = [0.0] * count
+    for i in range(count):
+        met = [max(spans[i][0], spans[j][0]) < min(spans[i][1], spans[j][1]) for j in range(i)]
+        first = met.index(True) if True in met else i
+        for j in range(first, i + 1):
+            shared = slice(max(spans[i][0], spans[j][0]), min(spans[i][1], spans[j][1]))
+            a, b = wide[i][:, shared], wide[j][:, shared]
+            e = (g * np.eye(len(a)) if i == j else 0.0) - a @ b.T
+            inner = max(0, shared.stop - shared.start)
+            error = gamma(depth(inner)) * check.length(a) * check.length(b)
+            error += UNIT * max(abs(np.diagonal(e)), default=0.0)
+            size, roundings = check.length(e), 1
+            for k in range(j):
+                if (i, k) in lower and (j, k) in lower:
+                    e = e - lower[i, k] @ lower[j, k].T
+                    size += check.length(lower[i, k]) * check.length(lower[j, k])
+                    roundings += depth(lower[i, k].shape[1])
+            lower[i, j] = factors[i] if i == j else e @ np.linalg.inv(factors[j]).T
+            size += check.length(lower[i, j]) * check.length(lower[j, j])
+            roundings += depth(len(factors[j]))
+            error += check.length(e - lower[i, j] @ lower[j, j].T) + gamma(roundings) * size
+            for row in {i, j}:
+                sums[row] += error
+    return max(sums)
+
+
+@pytest.mark.parametrize("spans", [
+    [(0, 4)], [(0, 4), (0, 4)], [(0, 4), (0, 4), (0, 4)], [(0, 3), (1, 4), (2, 5)],
+    [(0, 3), (3, 5), (4, 6)], [(2, 5), (0, 3), (1, 6)], [(0, 2), (2, 4), (4, 6), (5, 7)],
+    [(0, 6), (1, 3), (2, 4), (0, 1), (5, 7)],
+])  # fmt: skip
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_every_rounding_is_counted_once(
+    spans: Spans, order: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small integers, and factors whose inverses are dyadic: no operation rounds. A unit so large
+    that no term is lost beside the others."""
+    monkeypatch.setattr(check, "UNIT", UNIT)
+    monkeypatch.setattr(check, "CHUNK", chunk)
+    rng = np.random.default_rng(len(spans))
+    rows = [rng.integers(-3, 4, (order, high - low)).astype(float) for low, high in spans]
+    factors = [np.diag(2.0 ** rng.integers(2, 4, order)) for _ in spans]
+    for factor in factors:
+        factor += np.tril(np.ones((order, order)), -1) * 4.0
+    kept = iter(factors)
+    monkeypatch.setattr(np.linalg, "cholesky", lambda e: next(kept))
+    exact = counted(rows, spans, factors, 64.0)
+    described = ([order] * len(rows), [*spans], lambda i: rows[i] * 8.0)
+    found = check.residual(described, 64.0, 3, "here")
+    assert exact <= found <= exact * NEAR
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("line", [1, 6])
+def test_norms_are_proved_in_blocks_that_overlap(
+    seed: int, line: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "LINE", line)
+    node, _ = drawn(5 * seed)  # without a border
+    rng = np.random.default_rng(seed)
+    shape = (node["out"][0], node["in"][0] // node["groups"], *node["kernel"])
+    weight = rng.standard_normal(shape)
+    taps, ends = check.stencil(node)[0], (node["in"][1:], node["out"][1:])
+    exact = matrix(node, weight)
+    m, n = (len(exact) // node["groups"], exact.shape[1] // node["groups"])
+    for g, kernel in enumerate(check.Weights({"w": weight}).kernel(node)):
+        norm = svd_norm(exact[g * m : (g + 1) * m, g * n : (g + 1) * n])
+        check.prove(check.banded(kernel, taps, *ends), norm * UP, "here", 0.0)
+        if norm > 0.0:
+            with pytest.raises(check.Finding, match="no proof"):
+                check.prove(check.banded(kernel, taps, *ends), norm * BELOW, "here", 0.0)
+
+
+def test_proofs_beyond_the_limit_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations: for every block its order and the square of those that it meets."""
+    blocks: Any = (
+        [2, 3, 4],
+        [(0, 2), (1, 4), (4, 6)],
+        lambda i: np.ones(([2, 3, 4][i], [2, 3, 2][i])),
+    )
+    work = 2 * 2**2 + 3 * (2 + 3) ** 2 + 4 * 4**2
+    monkeypatch.setattr(check, "OPERATIONS", work + 1.0)
+    check.prove(blocks, 100.0, "here", 0.0)
+    monkeypatch.setattr(check, "OPERATIONS", float(work))
+    with pytest.raises(check.Finding, match="limits") as found:
+        check.prove(blocks, 100.0, "here", 0.0)
+    assert found.value.kind == "limit"
+
+
+def test_margins_are_rounded_down_where_the_difference_is_in_a_lower_binade() -> None:
+    """A logit less its error rounds up, and so does the gap; one step down is not enough."""
+    z, error = 1.0 + 2.0**-52, 2.0**-53 * (1.0 - 2.0**-20)
+    other = 2.0**-52 + 2.0**-54 - error
+    exact = Fraction(z) - 2 * Fraction(error) - Fraction(other)
+    given = {"logits": [z, other, -5.0], "errors": [error], "radii": [0.0]}
+    margin = 1.0
+    for _ in range(6):
+        margin = math.nextafter(margin, 0.0)
+        assert Fraction(margin) <= exact or samples(**given, margins=[margin]) == ["margins"]
+    assert samples(**given, margins=[margin]) == []
