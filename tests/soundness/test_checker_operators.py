@@ -190,7 +190,7 @@ def test_the_torus_shows_the_norm_of_the_least_circle(seed: int) -> None:
     axes = 1 + seed % 2
     kernel, dilation = rng.integers(1, 4, axes).tolist(), rng.integers(1, 3, axes).tolist()
     stride, low = rng.integers(1, 4, axes).tolist(), rng.integers(0, 5 - axes, axes).tolist()
-    sides, out = rng.integers(2, 7, axes).tolist(), rng.integers(1, 5, axes).tolist()
+    sides, out = rng.integers(2, 7, axes).tolist(), rng.integers(1, 12 // axes, axes).tolist()
     weight = rng.standard_normal((2, 1 + seed % 3, math.prod(kernel)))
     node = {"in": [3, *sides], "out": [2, *out], "kernel": kernel, "dilation": dilation,
             "stride": stride, "padding": [[p, 9] for p in low]}  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -140,3 +141,41 @@ def test_margins_are_rounded_down_where_the_difference_is_in_a_lower_binade() ->
         margin = math.nextafter(margin, 0.0)
         assert Fraction(margin) <= exact or samples(**given, margins=[margin]) == ["margins"]
     assert samples(**given, margins=[margin]) == []
+
+
+def test_a_claim_is_shown_by_what_is_left_and_no_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``g`` and the residual, some units around the square of the claim less what is lost."""
+    rng = np.random.default_rng(1)
+    steps, square, sums = 0, Fraction(0), [Fraction(0)]
+
+    def left(rows: Any, g: float, *_: Any) -> float:
+        bound = float(square * (1 + Fraction(steps, 2**53)) - Fraction(g))
+        sums.append(Fraction(g) + Fraction(bound))
+        return bound
+
+    monkeypatch.setattr(check, "residual", left)
+    for trial in range(100):
+        c, lost = float(rng.uniform(0.5, 1.0)), float(rng.uniform(0, 0.3)) * (trial % 2)
+        square, largest = (Fraction(c) - Fraction(lost)) ** 2, -999
+        for steps in range(-60, 6, 2):
+            with contextlib.suppress(check.Finding):
+                check.prove(np.eye(2), c, "here", lost)
+                assert sums[-1] <= square
+                largest = steps
+        assert largest > -60
+
+
+def test_stored_norms_leave_room_for_the_guess() -> None:
+    """They are at least 1 + 2^-26 times the norm."""
+    for norm in (1.0, 0.75, 3.0 * 2.0**500, 2.0**-500):
+        check.prove(np.diag([norm, 0.0]), norm * (1.0 + 2.0**-26), "here", 0.0)
+
+
+def test_distances_hold_errors_that_are_rounded_down() -> None:
+    """A sum of errors that lies between two numbers, beside rows that are equal or are not."""
+    error = np.array([1.0, 2.0**-53, 2.0**-53])
+    for row in (0.0, 3.0 * 2.0**-60):
+        found = check.apart(np.array([[0.0], [row], [0.0]]), error, 0)
+        assert Fraction(float(found[1])) >= 1 + Fraction(1, 2**53) + Fraction(row)
+        assert Fraction(float(found[2])) >= 1 + Fraction(1, 2**53)
+    assert not check.apart(np.ones((3, 2)), np.zeros(3), 0).any()
