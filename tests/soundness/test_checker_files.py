@@ -182,6 +182,10 @@ def convolved(header: Header, _: Arrays, weights: Arrays) -> None:
     }  # fmt: skip
 
 
+def zero_weight(header: Header, _: Arrays, weights: Arrays) -> None:
+    weights_of(header, weights | {"zero": np.zeros(1)})
+
+
 def probability(level: str, delta: float) -> Edit:
     return both(put("level", level), put("delta", delta.hex()))
 
@@ -253,6 +257,7 @@ HEADERS: dict[str, tuple[list[str], Edit]] = {
     "weights of other values": (["file first"], weight(lambda w: w.update(first=FIRST * HAIR))),
     "weights of another shape": (["file head"], weight(lambda w: w.update(head=HEAD.T))),
     "weights that are missing": (["file head"], weight(lambda w: w.pop("head"))),
+    "a missing weight that is zero": (["file zero"], zero_weight),
     "weights without end": (["file head"], weight(
         lambda w: w.update(head=np.where(HEAD == 3.0, INF, HEAD)), named=True)),
     "samples": (["file arrays"], lambda _, a, __: a.update(label=a["label"][:3])),

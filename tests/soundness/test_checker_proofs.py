@@ -179,3 +179,14 @@ def test_distances_hold_errors_that_are_rounded_down() -> None:
         assert Fraction(float(found[1])) >= 1 + Fraction(1, 2**53) + Fraction(row)
         assert Fraction(float(found[2])) >= 1 + Fraction(1, 2**53)
     assert not check.apart(np.ones((3, 2)), np.zeros(3), 0).any()
+
+
+def test_zero_is_the_norm_of_blocks_of_zeros_alone() -> None:
+    for filled in ([], [0], [1], [0, 1]):
+        made = [np.full((2, 2), 5e-324 * (i in filled)) for i in range(2)]
+        blocks: Any = ([2, 2], [(0, 2), (1, 3)], made.__getitem__)
+        if filled:
+            with pytest.raises(check.Finding):
+                check.prove(blocks, 0.0, "here", 0.0)
+        else:
+            check.prove(blocks, 0.0, "here", 0.0)
