@@ -133,7 +133,7 @@ def test_proofs_beyond_the_limit_are_left_to_others(monkeypatch: pytest.MonkeyPa
 def test_margins_are_rounded_down_where_the_difference_is_in_a_lower_binade() -> None:
     """A logit less its error rounds up, and so does the gap; one step down is not enough."""
     z, error = 1.0 + 2.0**-52, 2.0**-53 * (1.0 - 2.0**-20)
-    other = 2.0**-52 + 2.0**-54 - error
+    other = 2.0**-52 + 2.0**-54 * (1.0 - 2.0**-20) - error
     exact = Fraction(z) - 2 * Fraction(error) - Fraction(other)
     given = {"logits": [z, other, -5.0], "errors": [error], "radii": [0.0]}
     margin = 1.0
