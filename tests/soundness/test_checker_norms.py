@@ -244,6 +244,16 @@ def test_a_composite_loses_the_roundings_of_all_its_nodes(proofs: Proofs) -> Non
     assert proofs.claims[2][1] >= 800 * check.UNIT * 40.0
 
 
+def test_a_composite_that_cancels_loses_as_much(proofs: Proofs) -> None:
+    """``x - x``: nothing is left of two terms, whose roundings are."""
+    minus = {**scale(-1.0)[0]["nodes"][0], "in": [4], "out": [4], "shape": [1]}
+    described = region([minus, {"op": "add", "inputs": [-1, 0]}], [4], [4])
+    assert not whole(described, {}).any()
+    assert refused(described, 1.0, {}) == []
+    ((_, lost),) = proofs.claims
+    assert lost >= 2 * check.UNIT * 4.0
+
+
 def test_extreme_factors_are_looked_for_in_all_that_is_not_plain(proofs: Proofs) -> None:
     tiny, weight = (2.0**-450).hex(), {"w": np.full((1, 1, 3), 2.0**-450)}
     for node in (loop(mode=None), loop()):
