@@ -125,6 +125,18 @@ def extra(header: Header, arrays: Arrays, weights: Arrays) -> None:
     weights["none of the network's"] = np.ones(3)
 
 
+def opposite(distance: float) -> Edit:
+    """Rows 4 apart whose absolute values are equal; the first radius as for that distance."""
+
+    def edit(header: Header, arrays: Arrays, weights: Arrays) -> None:
+        weights["head"] = np.array([[2.0, 0, 0, 0], [-2.0, 0, 0, 0], [0, 0, 0, 0]])
+        weights_of(header, weights)
+        radius = np.array([1.0 / distance, 1.75 / 2.0, 1.5 / 2.0, 0.0]) / FEATURES
+        arrays["prediction_radius"] = radius * [1.0, *[1.0 - 2.0**-40] * 3]
+
+    return edit
+
+
 ACCEPTED: dict[str, Edit | None] = {
     "honest": None, "without labels": unlabelled, "without a head": no_head(1.0 - 2.0**-40),
     "without operators": no_operators, "one class": single, "other arrays": extra,
@@ -137,6 +149,7 @@ ACCEPTED: dict[str, Edit | None] = {
         put("operators", 0, 2, "inf"), put("features", "inf"), put("total", "inf"),
         lambda _, arrays, __: arrays["prediction_radius"].fill(0.0), counts(certified=0, refused=4),
     ),
+    "rows on both sides": opposite(4.0 * (1.0 + 2.0**-40)),
     "a negative range": put("input_range", ["-0x1.0000000000000p+0", ZERO]),
     "no inputs": lambda header, arrays, _: (
         arrays.update({n: a[:0] for n, a in arrays.items()}),
@@ -194,6 +207,8 @@ SAMPLES = {
     **{f"radius {i}": ("radii", raised("prediction_radius", i)) for i in range(3)},
     "radius of no margin": ("radii", array("prediction_radius", 3, 5e-324)),
     **{f"margin {i}": ("margins", raised("margin_lower", i)) for i in range(3)},
+    "a negative margin": ("margins", array("margin_lower", 3, -0.5)),
+    "radius of rows on both sides": ("radii", opposite(4.0 * (1.0 - 2.0**-38))),
     "margin 3": ("margins", array("margin_lower", 3, 5e-324)),
     "prediction": ("predictions", array("prediction", 3, 1)),
     "certified": ("counts", counts(certified=3)), "constant": ("counts", counts(constant=1)),
@@ -245,7 +260,6 @@ HEADERS: dict[str, tuple[list[str], Edit]] = {
     "norm of NaN": (["file first"], put("operators", 0, 2, "nan")),
     "a negative norm": (["file operators"], put("operators", 0, 2, (-2.0).hex())),
     "other names": (["file operators"], put("operators", 0, 0, "other")),
-    "names exchanged": (["file operators"], lambda h, *_: h["operators"].reverse()),
     "an operator without a norm": (["file operators"], lambda h, *_: h["operators"].pop()),
     "an operator that is not used": (["file operators"], put("network", "tape", 2, ["sigma", 0])),
     "an operator that is not described": (["file operators"],
@@ -278,6 +292,23 @@ def test_what_the_header_says_by_a_hair_too_much_is_refused(name: str, tmp_path:
 def test_the_fingerprint_is_that_of_what_is_described(edit: Edit, tmp_path: Path) -> None:
     assert found(tmp_path, edit, keep=True) == ["file fingerprint"]
     assert "file fingerprint" not in found(tmp_path, edit)
+
+
+def test_rows_are_rounded_by_as_much_as_their_parts_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head whose weight and identity cancel: rounding is that of both, not of their sum."""
+
+    def cancelled(header: Header, _: Arrays, weights: Arrays) -> None:
+        header["network"]["operators"][1]["nodes"][0]["identity"] = (-64.0).hex()
+        weights["head"] = HEAD + 64.0 * np.eye(3, 4)
+        weights_of(header, weights)
+
+    errors, apart = [], check.apart
+    monkeypatch.setattr(check, "apart", lambda h, e, c: (errors.append(e), apart(h, e, c))[1])
+    assert found(tmp_path, cancelled) == []
+    assert len(errors) == 3
+    assert all((error >= 2 * check.UNIT * 128.0).all() for error in errors)
 
 
 # -- executed semantics
@@ -415,5 +446,5 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out[:-1]] == ["claim", "not accepted"]
     assert "Do this: do not use this file" in out[0]
-    assert check.main([certificate]) == check.main([certificate, weights, weights]) == 2
+    assert check.main([certificate]) == check.main([certificate] * 3) == 2
     assert "usage" in capsys.readouterr().err

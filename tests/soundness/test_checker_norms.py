@@ -250,8 +250,9 @@ def test_a_composite_that_cancels_loses_as_much(proofs: Proofs) -> None:
     described = region([minus, {"op": "add", "inputs": [-1, 0]}], [4], [4])
     assert not whole(described, {}).any()
     assert refused(described, 1.0, {}) == []
-    ((_, lost),) = proofs.claims
-    assert lost >= 2 * check.UNIT * 4.0
+    assert proofs.claims[0][1] >= 2 * check.UNIT * 4.0
+    assert refused(region([{"op": "add", "inputs": [-1] * 99}], [4], [4]), 1.0, {}) == []
+    assert proofs.claims[1][1] >= 98 * check.UNIT * 2.0 * 99.0
 
 
 def test_extreme_factors_are_looked_for_in_all_that_is_not_plain(proofs: Proofs) -> None:

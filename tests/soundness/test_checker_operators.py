@@ -173,8 +173,8 @@ def test_how_often_borders_repeat(
 @pytest.mark.parametrize(("sides", "step"), [((6, 6), 2), ((6, 5), 1), ((5, 6), 1), ((5, 5), 1)])
 def test_strides_have_to_divide_every_circle(sides: tuple[int, int], step: int) -> None:
     node = loop(
-        **{"in": [1, *sides], "out": [1, 3, 3], "kernel": [3, 3], "stride": [2, 2], "centre": [1, 1],
-           "dilation": [1, 1], "padding": [[1, 1], [1, 1]]}
+        **{"in": [1, *sides], "out": [1, 3, 3], "kernel": [3, 3], "stride": [2, 2],
+           "dilation": [1, 1], "padding": [[1, 1], [1, 1]], "centre": [1, 1]}
     )  # fmt: skip
     _, axes, times, _, around = check.stencil(node)
     assert (axes[3].tolist(), times, around) == ([step, step], 1, True)
