@@ -68,8 +68,9 @@ JUDGES: dict[str, tuple[str, ...]] = {
         ("tests/soundness/test_hostile_enclosure.py", "tests/test_enclosure.py",
          "-k", "not tight and not assumed and not tiny"),
     ),
-    "lmtfast/check.py": (
-        "tests/soundness/test_checker_terms.py", "tests/test_check_torus.py", "tests/test_check.py",
+    "lmtfast/check.py": tuple(
+        f"tests/soundness/test_checker_{name}.py"
+        for name in ("files", "norms", "proofs", "operators", "terms")
     ),
     # Tests through check.py load the file beside it, so they do not judge a changed one.
     "lmtfast/check_execution.py": (_RECURSION, "tests/soundness/test_checker_terms.py"),
