@@ -14,7 +14,7 @@ import pytest
 
 from lmtfast import check
 from tests.oracles import svd_norm
-from tests.soundness.test_checker_operators import BELOW, UP, drawn, matrix
+from tests.soundness.test_checker_operators import BELOW, UP, drawn, loop, matrix
 from tests.soundness.test_checker_terms import samples
 
 UNIT, NEAR = 2.0**-8, 1.0 + 2.0**-17
@@ -190,3 +190,23 @@ def test_zero_is_the_norm_of_blocks_of_zeros_alone() -> None:
                 check.prove(blocks, 0.0, "here", 0.0)
         else:
             check.prove(blocks, 0.0, "here", 0.0)
+
+
+@pytest.mark.parametrize("c", [5.0, 1200.0, 2.0**-30])
+@pytest.mark.parametrize("lost", [0.0, 0.25])
+def test_symbols_lose_what_their_angles_and_sums_are_rounded_by(
+    c: float, lost: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An angle within 16 units, its cosine within 8, a product and a sum for every tap."""
+    losses: list[tuple[float, float]] = []
+    monkeypatch.setattr(check, "prove", lambda rows, c, where, lost: losses.append((c, lost)))
+    kernel = np.array([300.0, 400.0, -500.0, 0.0, 600.0, 8.0]).reshape(2, 1, 3)
+    power, total = -math.frexp(c)[1], 300.0 + math.hypot(400.0, 600.0) + math.hypot(500.0, 8.0)
+    axes = check.stencil(loop(mode=None))[1]
+    assert check.torus(axes, kernel, c, "w", lost * c, False)
+    assert len(losses) == 4  # of 7 frequencies: others are conjugate
+    for claim, found in losses:
+        assert claim == math.ldexp(c, power)
+        rounded = found - math.ldexp(lost * c, power)
+        least = math.sqrt(2.0) * (3 + 24) * 2.0**-53 * math.ldexp(total, power)
+        assert least * (lost == 0.0) <= rounded <= 4.0 * least + 2.0**-52
