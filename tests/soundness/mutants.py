@@ -126,7 +126,7 @@ def _child(module: str, folder: Path, tests: tuple[str, ...]) -> None:
         sys.meta_path.insert(0, SeededModules(folder))
         try:
             found = importlib.import_module(module).__file__
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             verdict.write_text(f"{UNIMPORTABLE}\n{type(error).__name__}: {error}")
             return
         assert Path(str(found)).parent == folder, f"{found} is not the changed module"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import runpy
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -294,23 +296,6 @@ def test_the_fingerprint_is_that_of_what_is_described(edit: Edit, tmp_path: Path
     assert "file fingerprint" not in found(tmp_path, edit)
 
 
-def test_rows_are_rounded_by_as_much_as_their_parts_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A head whose weight and identity cancel: rounding is that of both, not of their sum."""
-
-    def cancelled(header: Header, _: Arrays, weights: Arrays) -> None:
-        header["network"]["operators"][1]["nodes"][0]["identity"] = (-64.0).hex()
-        weights["head"] = HEAD + 64.0 * np.eye(3, 4)
-        weights_of(header, weights)
-
-    errors, apart = [], check.apart
-    monkeypatch.setattr(check, "apart", lambda h, e, c: (errors.append(e), apart(h, e, c))[1])
-    assert found(tmp_path, cancelled) == []
-    assert len(errors) == 3
-    assert all((error >= 2 * check.UNIT * 128.0).all() for error in errors)
-
-
 # -- executed semantics
 
 STAND_IN = """
@@ -435,7 +420,9 @@ def test_hashes_and_the_seal_are_those_of_the_file(tmp_path: Path) -> None:
     assert files(tmp_path, packed(check.canonical(forged), arrays)) == ["file"]
 
 
-def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     certificate, weights = str(tmp_path / "c.npz"), str(tmp_path / "w.npz")
     assert found(tmp_path) == []
     assert check.main([certificate, weights]) == 0
@@ -446,5 +433,10 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out[:-1]] == ["claim", "not accepted"]
     assert "Do this: do not use this file" in out[0]
+    for words, code in (([certificate, weights], 1), ([certificate], 2)):
+        monkeypatch.setattr(sys, "argv", ["check.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(check.__file__), run_name="__main__")
+        assert ended.value.code == code
     assert check.main([certificate]) == check.main([certificate] * 3) == 2
     assert "usage" in capsys.readouterr().err

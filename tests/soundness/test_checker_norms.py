@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from lmtfast import check
 from tests.oracles import svd_norm
-from tests.soundness.certificates import ONE, linear
+from tests.soundness.certificates import HEAD, ONE, Header, linear, weights_of
+from tests.soundness.test_checker_files import found
 from tests.soundness.test_checker_operators import (
     BELOW,
     UP,
@@ -265,3 +267,20 @@ def test_extreme_factors_are_looked_for_in_all_that_is_not_plain(proofs: Proofs)
                           "ref": None, "inverse": False, "shape": [1]}], [3], [1])  # fmt: skip
     assert refused(both, 1.0, {"w": np.full((1, 3), 2.0**-449)}) == []
     assert refused(both, 1.0, {"w": np.full((1, 3), 2.0**-450)}) == ["limit"]
+
+
+def test_rows_are_rounded_by_as_much_as_their_parts_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head whose weight and identity cancel: rounding is that of both, not of their sum."""
+
+    def cancelled(header: Header, _: Arrays, weights: Arrays) -> None:
+        header["network"]["operators"][1]["nodes"][0]["identity"] = (-64.0).hex()
+        weights["head"] = HEAD + 64.0 * np.eye(3, 4)
+        weights_of(header, weights)
+
+    errors, apart = [], check.apart
+    monkeypatch.setattr(check, "apart", lambda h, e, c: (errors.append(e), apart(h, e, c))[1])
+    assert found(tmp_path, cancelled) == []
+    assert len(errors) == 3
+    assert all((error >= 2 * check.UNIT * 128.0).all() for error in errors)

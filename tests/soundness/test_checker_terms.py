@@ -171,6 +171,9 @@ def test_tapes_are_composed_outward() -> None:
             assert at_most(meaning(Fraction(a), Fraction(b)), found[2])
             assert Fraction(a) <= Fraction(found[0])
             assert found[3] == 1.5
+    for name in ("add", "hypot", "mul", "max"):
+        assert check.compose([["sigma", 0], ["sigma", 0], [name, 0, 1]], [0.0])[2] == 0.0
+    assert check.compose([["sigma", 0], ["sigma", 1], ["mul", 0, 1]], [0.0, 3.0])[2] == 0.0
     vanished = check.compose([["sigma", 0], ["mul", 0, 0]], [2.0**-700])
     assert vanished[1] > 0.0
 
