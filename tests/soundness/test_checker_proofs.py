@@ -210,3 +210,22 @@ def test_symbols_lose_what_their_angles_and_sums_are_rounded_by(
         rounded = found - math.ldexp(lost * c, power)
         least = math.sqrt(2.0) * (3 + 24) * 2.0**-53 * math.ldexp(total, power)
         assert least * (lost == 0.0) <= rounded <= 4.0 * least + 2.0**-52
+
+
+def test_radii_are_below_the_exact_ones_where_a_reach_weighs_most() -> None:
+    """Reaches a little above a power of two and gaps a little below one."""
+    rng = np.random.default_rng(2)
+    error, accepted = 2.0**-54 * (1.0 - 2.0**-20), 0
+    for _ in range(200):
+        z = [1.0, -1.0 + float(rng.uniform(0, 2.0**-8)), -9.0]
+        gap = Fraction(z[0]) - Fraction(z[1]) - 2 * Fraction(error)
+        scale, far = rng.uniform(1.0, 1.0 + 2.0**-8, 2).tolist()
+        limit = gap / (Fraction(scale) * Fraction(far))
+        given = {"logits": z, "errors": [error], "scale": scale, "far": [0.0, far, far]}
+        radius = math.nextafter(float(limit), 2.0)
+        for _ in range(8):
+            if not samples(**given, radii=[radius]):
+                accepted += 1
+                assert Fraction(radius) < limit
+            radius = math.nextafter(radius, 0.0)
+    assert accepted > 100
