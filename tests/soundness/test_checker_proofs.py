@@ -229,3 +229,14 @@ def test_radii_are_below_the_exact_ones_where_a_reach_weighs_most() -> None:
                 assert Fraction(radius) < limit
             radius = math.nextafter(radius, 0.0)
     assert accepted > 100
+
+
+@pytest.mark.parametrize("power", [-400, -537, -538, -600, -1060])
+def test_lengths_of_rows_far_below_the_largest(power: int) -> None:
+    """Their squares underflow beside it: what they lose is less than what is added."""
+    rows = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, -1.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    rows[1:] *= 2.0**power
+    found = check.length(rows, 1)
+    for row, length in zip(rows.tolist(), found.tolist(), strict=True):
+        assert Fraction(length) ** 2 >= sum(Fraction(v) ** 2 for v in row)
+    assert found[3] == 0.0
