@@ -152,6 +152,7 @@ ACCEPTED: dict[str, Edit | None] = {
         lambda _, arrays, __: arrays["prediction_radius"].fill(0.0), counts(certified=0, refused=4),
     ),
     "rows on both sides": opposite(4.0 * (1.0 + 2.0**-40)),
+    "logits that are not known": array("logit_error", 3, INF),
     "a negative range": put("input_range", ["-0x1.0000000000000p+0", ZERO]),
     "no inputs": lambda header, arrays, _: (
         arrays.update({n: a[:0] for n, a in arrays.items()}),

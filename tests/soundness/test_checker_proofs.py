@@ -130,14 +130,24 @@ def test_proofs_beyond_the_limit_are_left_to_others(monkeypatch: pytest.MonkeyPa
     assert found.value.kind == "limit"
 
 
-def test_margins_are_rounded_down_where_the_difference_is_in_a_lower_binade() -> None:
-    """A logit less its error rounds up, and so does the gap; one step down is not enough."""
-    z, error = 1.0 + 2.0**-52, 2.0**-53 * (1.0 - 2.0**-20)
-    other = 2.0**-52 + 2.0**-54 * (1.0 - 2.0**-20) - error
+SMALL = 2.0**-53 * (1.0 - 2.0**-20)
+
+
+@pytest.mark.parametrize(("z", "other", "error"), [
+    # The logit less its error rounds up, and so does the gap, which is in a lower binade.
+    (1.0 + 2.0**-52, 2.0**-52 + 2.0**-54 * (1.0 - 2.0**-20) - SMALL, SMALL),
+    # The other logit, in a higher binade, rounds down, and the gap up.
+    *((-float.fromhex(z), -float.fromhex(other), float.fromhex(error)) for z, other, error in (
+        ("0x1.c206be59243f0p-4", "0x1.05862666bd64bp+2", "0x1.e8p-52"),
+        ("0x1.071ade48cb286p-1", "0x1.0c943d947bffcp+2", "0x1.abp-52"),
+        ("0x1.b4aa51ff12174p-2", "0x1.03a7147a649a0p+2", "0x1.8ep-52"),
+    )),
+])  # fmt: skip
+def test_one_step_down_is_not_enough_for_a_margin(z: float, other: float, error: float) -> None:
     exact = Fraction(z) - 2 * Fraction(error) - Fraction(other)
-    given = {"logits": [z, other, -5.0], "errors": [error], "radii": [0.0]}
-    margin = 1.0
-    for _ in range(6):
+    given = {"logits": [z, other, -9.0], "errors": [error], "radii": [0.0]}
+    margin = float(exact) * (1.0 + 2.0**-51)
+    for _ in range(12):
         margin = math.nextafter(margin, 0.0)
         assert Fraction(margin) <= exact or samples(**given, margins=[margin]) == ["margins"]
     assert samples(**given, margins=[margin]) == []
