@@ -130,22 +130,22 @@ def test_proofs_beyond_the_limit_are_left_to_others(monkeypatch: pytest.MonkeyPa
     assert found.value.kind == "limit"
 
 
-SMALL = 2.0**-53 * (1.0 - 2.0**-20)
-
-
 @pytest.mark.parametrize(("z", "other", "error"), [
     # The logit less its error rounds up, and so does the gap, which is in a lower binade.
-    (1.0 + 2.0**-52, 2.0**-52 + 2.0**-54 * (1.0 - 2.0**-20) - SMALL, SMALL),
+    ("0x1.0000000000001p+0", "0x1.8000080000000p-53", "0x1.ffffe00000000p-54"),
+    # The difference rounds up, in a higher binade than both.
+    ("0x1.ff72e6ea267dap+0", "-0x1.e16d65a89fe41p-7", "0x1.7f00000000000p-52"),
+    ("0x1.fe40f9158c1cbp+0", "-0x1.da548f4ebb9e0p-6", "0x1.be80000000000p-51"),
+    ("0x1.fea1201c16929p+0", "-0x1.18e7262724261p-6", "0x1.7f00000000000p-52"),
     # The other logit, in a higher binade, rounds down, and the gap up.
-    *((-float.fromhex(z), -float.fromhex(other), float.fromhex(error)) for z, other, error in (
-        ("0x1.c206be59243f0p-4", "0x1.05862666bd64bp+2", "0x1.e8p-52"),
-        ("0x1.071ade48cb286p-1", "0x1.0c943d947bffcp+2", "0x1.abp-52"),
-        ("0x1.b4aa51ff12174p-2", "0x1.03a7147a649a0p+2", "0x1.8ep-52"),
-    )),
+    ("-0x1.c206be59243f0p-4", "-0x1.05862666bd64bp+2", "0x1.e800000000000p-52"),
+    ("-0x1.071ade48cb286p-1", "-0x1.0c943d947bffcp+2", "0x1.ab00000000000p-52"),
+    ("-0x1.b4aa51ff12174p-2", "-0x1.03a7147a649a0p+2", "0x1.8e00000000000p-52"),
 ])  # fmt: skip
-def test_one_step_down_is_not_enough_for_a_margin(z: float, other: float, error: float) -> None:
-    exact = Fraction(z) - 2 * Fraction(error) - Fraction(other)
-    given = {"logits": [z, other, -9.0], "errors": [error], "radii": [0.0]}
+def test_one_step_down_is_not_enough_for_a_margin(z: str, other: str, error: str) -> None:
+    numbers = [float.fromhex(text) for text in (z, other, error)]
+    exact = Fraction(numbers[0]) - 2 * Fraction(numbers[2]) - Fraction(numbers[1])
+    given = {"logits": [*numbers[:2], -9.0], "errors": numbers[2:], "radii": [0.0]}
     margin = float(exact) * (1.0 + 2.0**-51)
     for _ in range(12):
         margin = math.nextafter(margin, 0.0)
