@@ -9,7 +9,9 @@ error bound says as much, and every sign is the one that moves a logit most.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from lmtfast.builder import Value
 from lmtfast.enclosure import LogitEnclosure
-from lmtfast.enclosure.registry import Enclosed, length_up, outward, rounded
+from lmtfast.enclosure.registry import Enclosed, ErrorCall, length_up, outward, rounded
 from lmtfast.tracing import trace_model
 from lmtfast.verified.rounding import UNDERFLOW
 from tests.cases import Lambda
@@ -186,3 +188,30 @@ def test_a_call_counts_its_own_rounding(name: str) -> None:
     for sample, found, bound in zip(x, value.tolist(), error.tolist(), strict=True):
         for truth, v, e in zip(formula(model, list(exact(sample))), found, bound, strict=True):
             assert abs(truth - mpf(v)) <= mpf(e)
+
+
+# Terms of an entry of the result, the bias one of them; more inputs than outputs.
+MATRIX = torch.rand(7, 2)
+TERMS: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
+    "linear": (nn.Linear(7, 2), (7,), 8),
+    "mm": (Lambda(lambda m, x: torch.mm(x, m.c), c=MATRIX), (7,), 7),
+    "matmul": (Lambda(lambda m, x: x @ m.c, c=MATRIX), (7,), 7),
+    "addmm": (Lambda(lambda m, x: torch.addmm(m.b, x, m.c), b=MATRIX[0], c=MATRIX), (7,), 8),
+    "convolution": (nn.Conv1d(4, 2, 3, groups=2), (4, 5), 7),
+    "transposed convolution": (nn.ConvTranspose1d(6, 2, 3, groups=2), (6, 5), 10),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_sum_counts_all_its_terms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape, terms = TERMS[name]
+    counts, summed = [], ErrorCall.summed
+
+    def counted(call: ErrorCall, count: int, absolute: Mapping[str, Any] | None = None) -> Enclosed:
+        counts.append(count)
+        return summed(call, count, absolute)
+
+    monkeypatch.setattr(ErrorCall, "summed", counted)
+    model = model.double().eval()
+    LogitEnclosure(model, trace_model(model, shape))(torch.rand(2, *shape, dtype=torch.float64))
+    assert counts == [terms]
