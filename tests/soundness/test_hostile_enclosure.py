@@ -198,7 +198,9 @@ TERMS: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
     "matmul": (Lambda(lambda m, x: x @ m.c, c=MATRIX), (7,), 7),
     "addmm": (Lambda(lambda m, x: torch.addmm(m.b, x, m.c), b=MATRIX[0], c=MATRIX), (7,), 8),
     "convolution": (nn.Conv1d(4, 2, 3, groups=2), (4, 5), 7),
-    "transposed convolution": (nn.ConvTranspose1d(6, 2, 3, groups=2), (6, 5), 10),
+    "transposed convolution": (nn.ConvTranspose1d(6, 4, 3, groups=2), (6, 5), 10),
+    # One number for both axes; the division and what is rounded of it count as two.
+    "average": (Lambda(lambda m, x: torch.ops.aten.avg_pool2d(x, [3])), (1, 6, 6), 11),
 }
 
 
@@ -215,3 +217,10 @@ def test_a_sum_counts_all_its_terms(name: str, monkeypatch: pytest.MonkeyPatch) 
     model = model.double().eval()
     LogitEnclosure(model, trace_model(model, shape))(torch.rand(2, *shape, dtype=torch.float64))
     assert counts == [terms]
+
+
+def test_a_border_below_zero_takes_nothing_off_an_error() -> None:
+    model = Lambda(lambda m, x: torch.nn.functional.pad(torch.tanh(x), (1, 1), value=-1.0)).double()
+    _, error = LogitEnclosure(model, trace_model(model, (3,)))(torch.rand(2, 3).double())
+    assert bool((error >= 0.0).all())
+    assert bool((error[:, 1:4] > 0.0).all())
