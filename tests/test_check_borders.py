@@ -21,8 +21,9 @@ from lmtfast.description import describe
 from lmtfast.radius import canonical_up
 from lmtfast.tracing import trace_model
 from lmtfast.weights import named_tensors
+from tests.described_convolutions import convolution_matrix, described_convolution
 from tests.networks import randomised
-from tests.oracles import conv_matrix, rayleigh_exceeds, svd_norm
+from tests.oracles import rayleigh_exceeds, svd_norm
 from tests.test_check import made
 from tests.test_check_tampering import parts_of, sealed
 
@@ -31,33 +32,9 @@ UP = 1.0 + 2.0**-25
 
 
 def drawn(seed: int) -> tuple[dict[str, Any], np.ndarray]:
-    """A convolution behind a border and its weight, geometry at random."""
-    choice, rng = random.Random(seed), np.random.default_rng(seed)
-    mode, axes, groups = MODES[seed % 3], 1 + seed // 3 % 2, choice.choice((1, 1, 2))
-    while True:
-        sides = [choice.randint(2, 9 if axes == 1 else 6) for _ in range(axes)]
-        kernel, stride, dilation = ([choice.randint(1, top) for _ in sides] for top in (4, 3, 2))
-        padding = [[choice.randint(0, n - 1) for _ in "ab"] for n in sides]
-        rules = zip(sides, padding, kernel, stride, dilation, strict=True)
-        out = [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in rules]
-        if min(out) > 0:
-            break
-    rows, columns = (groups * choice.randint(1, 3) for _ in "ab")
-    node = {
-        "op": "conv", "in": [columns, *sides], "out": [rows, *out], "rows": [], "columns": [],
-        "gain": (1.0).hex(), "identity": (0.0).hex(), "weight": {"array": "w"}, "inputs": [-1],
-        "groups": groups, "kernel": kernel, "stride": stride, "padding": padding,
-        "dilation": dilation, "centre": [0] * axes, "mode": mode,
-    }  # fmt: skip
-    return node, rng.standard_normal((rows, columns // groups, *kernel))
-
-
-def matrix(node: dict[str, Any], weight: np.ndarray) -> np.ndarray:
-    """The map of the whole convolution, entry by entry."""
-    return conv_matrix(
-        weight, node["in"], node["stride"], node["padding"], node["dilation"], node["groups"],
-        node["mode"],
-    )  # fmt: skip
+    """A convolution behind a border and its weight."""
+    node, shape = described_convolution(seed, MODES, longest=9)
+    return node, np.random.default_rng(seed).standard_normal(shape)
 
 
 def accepted(node: dict[str, Any], weight: np.ndarray, c: float) -> bool:
@@ -71,7 +48,7 @@ def accepted(node: dict[str, Any], weight: np.ndarray, c: float) -> bool:
 @pytest.mark.parametrize("seed", range(48))
 def test_norms_are_those_of_the_matrix_entry_by_entry(seed: int) -> None:
     node, weight = drawn(seed)
-    norm = svd_norm(matrix(node, weight))
+    norm = svd_norm(convolution_matrix(node, weight))
     assert accepted(node, weight, norm * UP)
     for factor in (1.0 - 2.0**-29, 1.0 - 1e-6, 0.9, 0.5, 0.0):
         assert not accepted(node, weight, norm * factor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import numpy as np
 import pytest
 
 from lmtfast import check
-from tests.oracles import conv_matrix, svd_norm
-from tests.soundness.certificates import ONE, ZERO, linear
+from tests.described_convolutions import convolution_matrix, described_convolution
+from tests.oracles import svd_norm
+from tests.soundness.certificates import ONE, UP, ZERO, linear
 
 Json = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 MODES = (None, None, "circular", "reflect", "replicate")
-UP, BELOW = 1.0 + 2.0**-25, 1.0 - 2.0**-29
+BELOW = 1.0 - 2.0**-29
 
 
 def whole(region: Json, arrays: Arrays) -> np.ndarray:
@@ -44,39 +44,15 @@ def alone(node: Json) -> Json:
 
 
 def drawn(seed: int) -> tuple[Json, np.ndarray]:
-    """A convolution and a kernel of small integers, geometry and border at random."""
-    choice, rng = random.Random(seed), np.random.default_rng(seed)
-    mode, axes, groups = MODES[seed % 5], 1 + seed // 5 % 2, choice.choice((1, 1, 2))
-    while True:
-        sides = [choice.randint(2, 11 if axes == 1 else 6) for _ in range(axes)]
-        kernel, stride, dilation = ([choice.randint(1, top) for _ in sides] for top in (4, 3, 2))
-        padding = [[choice.randint(0, n - 1 if mode else 2) for _ in "ab"] for n in sides]
-        rules = zip(sides, padding, kernel, stride, dilation, strict=True)
-        out = [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in rules]
-        if min(out) > 0:
-            break
-    rows, columns = (groups * choice.randint(1, 3) for _ in "ab")
-    node = {
-        "op": "conv", "in": [columns, *sides], "out": [rows, *out], "rows": [], "columns": [],
-        "gain": ONE, "identity": ZERO, "weight": {"array": "w"}, "inputs": [-1], "groups": groups,
-        "kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation,
-        "centre": [0] * axes,
-    }  # fmt: skip
-    node |= {"mode": mode} if mode else {}
-    return node, rng.integers(-4, 5, (rows, columns // groups, *kernel)).astype(float)
-
-
-def matrix(node: Json, weight: np.ndarray) -> np.ndarray:
-    return conv_matrix(
-        weight, node["in"], node["stride"], node["padding"], node["dilation"], node["groups"],
-        node.get("mode", "zeros"),
-    )  # fmt: skip
+    """A convolution and a kernel of small integers."""
+    node, shape = described_convolution(seed, MODES, longest=11)
+    return node, np.random.default_rng(seed).integers(-4, 5, shape).astype(float)
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_convolutions_are_read_and_proved_as_they_are(seed: int) -> None:
     node, weight = drawn(seed)
-    exact = matrix(node, weight)
+    exact = convolution_matrix(node, weight)
     assert np.array_equal(whole(alone(node), {"w": weight}), exact)
     norm = svd_norm(exact)
     assert refused(alone(node), norm * UP, {"w": weight}) == []
@@ -94,7 +70,7 @@ def test_blocks_are_the_matrix_in_lines_of_its_smaller_side(
     kernels = check.Weights({"w": weight}).kernel(node)
     assert len(kernels) == groups
     m, n = (node[k][0] // groups * math.prod(node[k][1:]) for k in ("out", "in"))
-    exact = matrix(node, weight).reshape(groups, m, groups, n)
+    exact = convolution_matrix(node, weight).reshape(groups, m, groups, n)
     taps = check.stencil(node)[0]
     for g, kernel in enumerate(kernels):
         assert not exact[np.arange(groups) != g, :, g].any()
