@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from lmtfast import check
+from tests.described_convolutions import convolution_matrix
 from tests.oracles import svd_norm
-from tests.soundness.test_checker_operators import BELOW, UP, drawn, loop, matrix
+from tests.soundness.certificates import UP
+from tests.soundness.test_checker_operators import BELOW, drawn, loop
 from tests.soundness.test_checker_terms import samples
 
 UNIT, NEAR = 2.0**-8, 1.0 + 2.0**-17
@@ -104,7 +106,7 @@ def test_norms_are_proved_in_blocks_that_overlap(
     shape = (node["out"][0], node["in"][0] // node["groups"], *node["kernel"])
     weight = rng.standard_normal(shape)
     taps, ends = check.stencil(node)[0], (node["in"][1:], node["out"][1:])
-    exact = matrix(node, weight)
+    exact = convolution_matrix(node, weight)
     m, n = (len(exact) // node["groups"], exact.shape[1] // node["groups"])
     for g, kernel in enumerate(check.Weights({"w": weight}).kernel(node)):
         norm = svd_norm(exact[g * m : (g + 1) * m, g * n : (g + 1) * n])
