@@ -288,7 +288,7 @@ def test_the_new_iterates_are_written_whole(engine: str, spoilt: bool) -> None:
     found = []
     for new in (state.clone(), torch.full_like(state, torch.nan)):
         sigmas, saved = torch.zeros(len(table.rows)), torch.zeros(table.saved_size)
-        native_spectral.packed(table).step(
+        native_spectral.prepared(table).network.step(
             native_spectral._described(tensors), state.data_ptr(), new.data_ptr(),
             sigmas.data_ptr(), saved.data_ptr(), 2,
         )  # fmt: skip

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from lmtfast.backends.recycled import Recycled
 from lmtfast.backends.spectral_argument import check_state, dense, tap_major, vector
 from lmtfast.errors import DtypeError, ShapeError
 from lmtfast.table import AXES, CLOSED_FORM, FIELDS, KINDS, OperatorTable
@@ -26,15 +27,28 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 CPU = torch.device("cpu")
 
 
-@lru_cache(maxsize=64)
-def packed(table: OperatorTable) -> Any:
-    """The table's copy inside the compiled core."""
-    from lmtfast import _C
+class Prepared(NamedTuple):
+    """The compiled core's copy of a table, and where its calls take their large results from."""
 
-    flat = [list(chain.from_iterable(part)) for part in (table.rows, table.scales, table.tape)]
-    return _C.Network(
-        *flat, table.features, table.total, table.scale_size, table.saved_size, table.state_size
-    )
+    network: Any
+    memory: Recycled
+
+
+_PREPARED: WeakKeyDictionary[OperatorTable, Prepared] = WeakKeyDictionary()
+
+
+def prepared(table: OperatorTable) -> Prepared:
+    """Made at the first call for a table, and dropped with it."""
+    found = _PREPARED.get(table)
+    if found is None:
+        from lmtfast import _C
+
+        flat = [list(chain.from_iterable(part)) for part in (table.rows, table.scales, table.tape)]
+        network = _C.Network(
+            *flat, table.features, table.total, table.scale_size, table.saved_size, table.state_size
+        )
+        found = _PREPARED.setdefault(table, Prepared(network, Recycled()))
+    return found
 
 
 def spectral_step(
@@ -65,11 +79,14 @@ def spectral_step(
     views = _views(tensors)
     state = state.contiguous()
     sigmas = state.new_zeros(len(table.rows))
-    saved = state.new_empty(table.saved_size)
+    network, memory = prepared(table)
+    saved = memory.empty(table.saved_size)
     # What runs here is written whole.
     alone = len(table.compiled) == len(table.rows)
-    new_state = state.clone() if update and not alone else state.new_empty(update * state.numel())
-    packed(table).step(
+    new_state = memory.empty(update * state.numel())
+    if update and not alone:
+        new_state.copy_(state)
+    network.step(
         _described(views), state.data_ptr(), new_state.data_ptr() if update else 0,
         sigmas.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -96,10 +113,11 @@ def spectral_vjp(
         DtypeError, ShapeError: ``saved`` or ``grad_sigmas`` is not as described.
     """
     views = _views(tensors)
-    grads, outputs = _gradients(views, wanted)
+    network, memory = prepared(table)
+    grads, outputs = _gradients(memory, views, wanted)
     saved = vector(saved, table.saved_size, "saved", CPU)
     grad_sigmas = vector(grad_sigmas, len(table.rows), "grad_sigmas", CPU)
-    packed(table).vjp(
+    network.vjp(
         _described(views), saved.data_ptr(), grad_sigmas.data_ptr(), outputs,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -116,7 +134,7 @@ def row_matvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], v: Ten
     outputs, inputs = _sides(table, row)
     views, v = _views(tensors), vector(v, inputs, "v", CPU)
     u = v.new_empty(outputs)
-    packed(table).matvec(
+    prepared(table).network.matvec(
         row, _described(views), v.data_ptr(), u.data_ptr(), torch.get_num_threads()
     )
     return u
@@ -127,7 +145,7 @@ def row_rmatvec(table: OperatorTable, row: int, tensors: Sequence[Tensor], u: Te
     outputs, inputs = _sides(table, row)
     views, u = _views(tensors), vector(u, outputs, "u", CPU)
     v = u.new_empty(inputs)
-    packed(table).rmatvec(
+    prepared(table).network.rmatvec(
         row, _described(views), u.data_ptr(), v.data_ptr(), torch.get_num_threads()
     )
     return v
@@ -145,8 +163,9 @@ def row_weight_vjp(
     outputs, inputs = _sides(table, row)
     u, v = vector(u, outputs, "u", CPU), vector(v, inputs, "v", CPU)
     views = _views(tensors)
-    grads, described = _gradients(views, wanted)
-    packed(table).weight_vjp(
+    network, memory = prepared(table)
+    grads, described = _gradients(memory, views, wanted)
+    network.weight_vjp(
         row, _described(views), u.data_ptr(), v.data_ptr(), described, torch.get_num_threads()
     )
     return [g if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
@@ -205,7 +224,7 @@ def compose(table: OperatorTable, sigmas: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds of features and logits ``(2,)`` and their derivatives in sigmas ``(2, R)``."""
     sigmas = vector(sigmas, len(table.rows), "sigmas", CPU)
     values, jacobian = sigmas.new_empty(2), sigmas.new_empty(2, len(table.rows))
-    packed(table).compose(sigmas.data_ptr(), values.data_ptr(), jacobian.data_ptr())
+    prepared(table).network.compose(sigmas.data_ptr(), values.data_ptr(), jacobian.data_ptr())
     return values, jacobian
 
 
@@ -228,13 +247,10 @@ def _views(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _gradients(
-    views: Sequence[Tensor], wanted: Sequence[bool]
+    memory: Recycled, views: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[list[Tensor | None], list[int]]:
     """Buffers for the wanted gradients, float32 in their tensor's layout, and their description."""
-    grads = [
-        torch.empty_like(v, dtype=torch.float32) if want else None
-        for v, want in zip(views, wanted, strict=True)
-    ]
+    grads = [memory.empty_like(v) if want else None for v, want in zip(views, wanted, strict=True)]
     described = []
     for view, grad in zip(views, grads, strict=True):
         if grad is None:
