@@ -56,7 +56,7 @@ def test_small_and_other_sizes_have_blocks_of_their_own() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_block_takes_a_tensors_layout(layout: torch.memory_format) -> None:
-    like = torch.empty(40, 30, 6, 7).contiguous(memory_format=layout)
+    like = torch.empty(90, 80, 6, 7).contiguous(memory_format=layout)
     found = Recycled().empty_like(like.bfloat16())
     assert (found.shape, found.stride(), found.dtype) == (like.shape, like.stride(), torch.float32)
 
@@ -89,13 +89,13 @@ def test_threads_get_different_blocks() -> None:
 
 
 def wide() -> nn.Sequential:
-    """Weights and feature maps beyond the size from which blocks are recycled."""
+    """Weights, and vectors of power iteration together, beyond the size of recycled blocks."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(16, 64, 7), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(64, 128, 7), nn.ReLU(), nn.Conv2d(128, 256, 3), nn.Flatten())
 
 
 def bound_of(model: nn.Module, engine: str) -> lf.NetworkBound:
-    return lf.NetworkBound(model, (16, 40, 40), engine=engine, backend="native")
+    return lf.NetworkBound(model, (64, 28, 28), engine=engine, backend="native")
 
 
 @pytest.mark.parametrize("engine", ["operator", "symbol", "separable"])

@@ -9,8 +9,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-# Entries from which the system, not the allocator, hands out a block.
-LARGE = 1 << 15
+# Entries of a block that is worth it; smaller ones mostly stay with the allocator.
+LARGE = 1 << 18
 
 
 class Recycled:
