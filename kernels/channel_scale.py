@@ -12,14 +12,18 @@ import triton
 import triton.language as tl
 
 from lmtfast.kernels.descriptor import TENSOR_WIDTH, entries, real
+from lmtfast.kernels.scale_work import STRETCH_FIELDS
 from lmtfast.table import SCALE_FIELDS
 
 WIDTH = tl.constexpr(len(SCALE_FIELDS))
+FACTOR_OFFSET = tl.constexpr(SCALE_FIELDS.index("offset"))
 FACTOR_SLOT = tl.constexpr(SCALE_FIELDS.index("slot"))
 FACTOR_VARIANCE = tl.constexpr(SCALE_FIELDS.index("variance_slot"))
 FACTOR_INVERSE = tl.constexpr(SCALE_FIELDS.index("inverse"))
 FACTOR_EPS = tl.constexpr(SCALE_FIELDS.index("eps"))
 FACTOR_CONSTANT = tl.constexpr(SCALE_FIELDS.index("constant"))
+STRETCH_WIDTH = tl.constexpr(len(STRETCH_FIELDS))
+NAN, LAST = tl.constexpr(0x7F800001), tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -61,14 +65,34 @@ def scale_product(tensors, factors, first, last, left_out, i, mask):
 
 
 @triton.jit
-def fill_scales(tensors, factors, stretches, item, saved, BLOCK: tl.constexpr):
-    """One block of the scale buffer at the start of ``saved``; a stretch is (offset, length,
-    first factor, last factor, first entry of the block)."""
-    row = stretches + item * 5
-    offset, length = tl.load(row), tl.load(row + 1)
-    i = tl.load(row + 4) + tl.arange(0, BLOCK)
-    product = scale_product(tensors, factors, tl.load(row + 2), tl.load(row + 3), -1, i, i < length)
-    tl.store(saved + offset + i, product.to(tl.float32), i < length)
+def largest_entry(scales, length, BLOCK: tl.constexpr):
+    """Place of the first entry of largest modulus, or of the first NaN if there is one."""
+    best = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, length, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        # The bits of moduli are in their order, NaN last; below them the first place is largest.
+        bits = tl.load(scales + i, i < length, other=0.0).to(tl.int32, bitcast=True) & LAST
+        best = tl.maximum(best, (tl.minimum(bits, NAN).to(tl.int64) << 32) + (LAST - i))
+    return LAST - (tl.max(best, 0) & LAST)
+
+
+@triton.jit
+def fill_scales(tensors, factors, stretches, item, saved, sigmas, BLOCK: tl.constexpr):
+    """One stretch of the scale buffer (scale_work.py) at the start of ``saved``, and its norm where
+    it is a diagonal map."""
+    row = stretches + item * STRETCH_WIDTH
+    scales, last = saved + tl.load(row), tl.load(row + 4)
+    for start in range(tl.load(row + 3), last, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        product = scale_product(
+            tensors, factors, tl.load(row + 1), tl.load(row + 2), -1, i, i < last
+        )
+        tl.store(scales + i, product.to(tl.float32), i < last)
+    number = tl.load(row + 5)
+    if number >= 0:
+        # What this program has written it now reads in another order.
+        tl.debug_barrier()
+        tl.store(sigmas + number, tl.abs(tl.load(scales + largest_entry(scales, last, BLOCK))))
 
 
 @triton.jit

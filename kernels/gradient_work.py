@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmtfast.table import ENGINES, FIELDS, SCALE_FIELDS, OperatorTable
+from lmtfast.kernels.scale_work import diagonal_rows
+from lmtfast.table import ENGINES, FIELDS, KINDS, SCALE_FIELDS, OperatorTable
 
 GRADIENT_ROWS, GRADIENT_COLUMNS = 16, 128  # of a weight's gradient, written at once
 TILE_ROWS, TILE_COLUMNS = 32, 1024  # of one program's tile
@@ -20,6 +21,8 @@ GRADIENT_SIDES = (64, 16)
 # Rows of one program of the separable engine's products and gradient.
 SEPARABLE_ROWS = 64
 USE_WIDTH = 9
+# What a scale belongs to.
+OF_ROWS, OF_COLUMNS, OF_DIAGONAL = range(3)
 GROUP_TILE_WIDTH = 10
 # The engines' gradients are launched in this order; later ones add to what is there.
 ORDER = ("operator", "separable", "symbol")
@@ -46,8 +49,9 @@ class ScaleEntries:
     Attributes:
         entries: (slot, first entry, first and last use), one per program.
         uses: (factor, 1 where it is the variance, position among the symbol engine's operators or
-            -1, 1 for its columns, first and last factor of the product, where and in how many
-            parts other engines leave the product's gradient, length).
+            -1, what the product scales (OF_ROWS, OF_COLUMNS, or OF_DIAGONAL, then the position is
+            the diagonal map's number), first and last factor of the product, where and in how
+            many parts other engines leave the product's gradient, length).
         sums: Entries that other engines leave, float64.
     """
 
@@ -58,8 +62,9 @@ class ScaleEntries:
 
 def rows_of_engine(table: OperatorTable, engine: str) -> list[int]:
     """Numbers of the operators that the table gives to an engine."""
-    kind, place = ENGINES.index(engine), FIELDS.index("engine")
-    return [i for i, row in enumerate(table.rows) if row[0] and row[place] == kind]
+    kinds = KINDS.index("stencil"), ENGINES.index(engine)
+    place = FIELDS.index("engine")
+    return [i for i, row in enumerate(table.rows) if (row[0], row[place]) == kinds]
 
 
 def weight_slots(table: OperatorTable, engine: str) -> frozenset[int]:
@@ -177,12 +182,12 @@ def scale_sums(table: OperatorTable) -> tuple[dict[int, tuple[int, int]], int]:
 
 
 def scale_entries(table: OperatorTable) -> ScaleEntries:
-    positions = {n: i for i, n in enumerate(rows_of_engine(table, "symbol"))}
-    users, (sums, size) = {}, scale_sums(table)
-    for number, row in enumerate(table.rows):
-        for side, name in enumerate(("row_scale", "column_scale")):
-            if row[0] and row[FIELDS.index(name)] >= 0:
-                users[row[FIELDS.index(name)]] = (positions.get(number, -1), side)
+    sums, size = scale_sums(table)
+    users = {offset: (number, OF_DIAGONAL) for offset, number in diagonal_rows(table).items()}
+    for position, number in enumerate(rows_of_engine(table, "symbol")):
+        for side, name in ((OF_ROWS, "row_scale"), (OF_COLUMNS, "column_scale")):
+            if (offset := table.rows[number][FIELDS.index(name)]) >= 0:
+                users[offset] = (position, side)
     spans: dict[int, list[int]] = {}
     for k, scale in enumerate(table.scales):
         spans.setdefault(scale[0], [k, k])[1] = k + 1
@@ -193,7 +198,7 @@ def scale_entries(table: OperatorTable) -> ScaleEntries:
         for variance, name in enumerate(("slot", "variance_slot")):
             if values[name] >= 0:
                 place = sums.get(offset, (0, 0))
-                use = [k, variance, *users[offset], *spans[offset], *place, length]
+                use = [k, variance, *users.get(offset, (-1, 0)), *spans[offset], *place, length]
                 by_slot.setdefault(values[name], []).append(use)
     entries, uses = [], []
     for slot, found in by_slot.items():

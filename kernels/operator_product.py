@@ -106,7 +106,7 @@ def inverse_of(norm):
 @triton.jit(do_not_specialize=["n_squares", "n_packing"])
 def operator_pack(
     operators, tensors, factors, stretches, squares, packing, state, saved, workspace, counters,
-    n_squares, n_packing,
+    sigmas, n_squares, n_packing,
     SCALE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -132,7 +132,7 @@ def operator_pack(
             )  # fmt: skip
     else:
         block = item - n_squares - n_packing
-        fill_scales(tensors, factors, stretches, block, saved, SCALE_BLOCK)
+        fill_scales(tensors, factors, stretches, block, saved, sigmas, SCALE_BLOCK)
 
 
 @triton.jit

@@ -4,8 +4,8 @@
 One program owns 32 entries of one tensor, or the only entry of a tensor that serves all channels,
 and adds every use of it in the order of the table: no float is added across programs. A use needs
 the gradient in the product of factors it is part of. For rows of the symbol engine that is u . p of
-what the step has saved; for its columns a sum over the weights; other engines have written theirs
-into ``grad_scales``.
+what the step has saved; for its columns a sum over the weights; for a diagonal map a sign at the
+entry that is its norm; other engines have written theirs into ``grad_scales``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import triton.language as tl
 from lmtfast.kernels.channel_scale import (
     FACTOR_CONSTANT,
     FACTOR_INVERSE,
+    FACTOR_OFFSET,
     WIDTH,
     factor_parts,
+    largest_entry,
     scale_of,
     scale_product,
 )
@@ -35,12 +37,14 @@ from lmtfast.kernels.descriptor import (
     store_entries,
     whole,
 )
-from lmtfast.kernels.gradient_work import ENTRY_BLOCK, USE_WIDTH
+from lmtfast.kernels.gradient_work import ENTRY_BLOCK, OF_COLUMNS, OF_DIAGONAL, USE_WIDTH
+from lmtfast.kernels.scale_work import SCALE_BLOCK
 from lmtfast.kernels.symbol_work import SYMBOL_WIDTH
 
 BLOCK = tl.constexpr(ENTRY_BLOCK)
 SUM_ROWS, SUM_TAPS = tl.constexpr(8), tl.constexpr(4)
-USE = tl.constexpr(USE_WIDTH)
+USE, SCAN_BLOCK = tl.constexpr(USE_WIDTH), tl.constexpr(SCALE_BLOCK)
+COLUMN_SIDE, DIAGONAL_SIDE = tl.constexpr(OF_COLUMNS), tl.constexpr(OF_DIAGONAL)
 
 
 @triton.jit
@@ -81,15 +85,19 @@ def use_gradient(
     """Of one use (gradient_work.ScaleEntries) at entries i, float64; 0 where masked."""
     k, first, last = tl.load(entry), tl.load(entry + 4), tl.load(entry + 5)
     factor = factors + k * WIDTH
-    op = tl.load(entry + 2)
+    op, side = tl.load(entry + 2), tl.load(entry + 3)
     if op < 0:
         outer = tl.zeros((BLOCK,), tl.float64)
         for part in range(0, tl.load(entry + 7)):
             place = grad_scales + tl.load(entry + 6) + part * tl.load(entry + 8)
             outer += tl.load(place + i, mask, other=0.0)
+    elif side == DIAGONAL_SIDE:
+        scales = saved + tl.load(factor + FACTOR_OFFSET)
+        outer = diagonal_gradient(scales, tl.load(entry + 8), i, mask)
+        outer *= tl.load(grad_sigmas + op).to(tl.float64)
     else:
         row = operators + op * SYMBOL_WIDTH
-        if tl.load(entry + 3) != 0:
+        if side == COLUMN_SIDE:
             outer = column_gradient(row, tensors, saved, i, mask)
         else:
             outer = row_gradient(row, saved, i, mask)
@@ -109,6 +117,13 @@ def use_gradient(
             own = -value / numerator * real(factor, FACTOR_CONSTANT)
     own *= outer * scale_product(tensors, factors, first, last, k, i, mask)
     return tl.where(mask, own, 0.0)
+
+
+@triton.jit
+def diagonal_gradient(scales, length, i, mask):
+    """The sign of the entry that is a diagonal map's norm, 0 for all others, float64."""
+    x = tl.load(scales + i, mask & (i == largest_entry(scales, length, SCAN_BLOCK)), other=0.0)
+    return tl.where(x == 0, 0.0, tl.where(x < 0, -1.0, 1.0)).to(tl.float64)
 
 
 @triton.jit

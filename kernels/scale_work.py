@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 
-from lmtfast.table import FIELDS, OperatorTable
+from lmtfast.table import FIELDS, KINDS, OperatorTable
 
 SCALE_BLOCK = 256
+STRETCH_FIELDS = ("offset", "factor_first", "factor_last", "first", "last", "diagonal")
 
 
 def added_fields(table: OperatorTable, number: int) -> list[int]:
@@ -24,13 +25,22 @@ def added_fields(table: OperatorTable, number: int) -> list[int]:
     return [number, math.prod(kernel), centre, *spans]
 
 
+def diagonal_rows(table: OperatorTable) -> dict[int, int]:
+    """Numbers of the diagonal maps by where their entries start in the scale buffer."""
+    kind, place = KINDS.index("diagonal"), FIELDS.index("row_scale")
+    return {row[place]: i for i, row in enumerate(table.rows) if row[0] == kind}
+
+
 def scale_stretches(table: OperatorTable) -> list[list[int]]:
-    """Blocks of the scale buffer: offset, length, first and last factor, first entry."""
+    """Blocks of the scale buffer, fields :data:`STRETCH_FIELDS`: all entries of a diagonal map,
+    whose norm is the largest of them, SCALE_BLOCK of any other scale."""
     spans: dict[tuple[int, int], list[int]] = {}
     for i, (offset, length, *_) in enumerate(table.scales):
         spans.setdefault((offset, length), [i, i])[1] = i + 1
+    diagonals = diagonal_rows(table)
     return [
-        [offset, length, first, last, start]
+        [offset, first, last, start, min(start + block, length), diagonals.get(offset, -1)]
         for (offset, length), (first, last) in spans.items()
-        for start in range(0, length, SCALE_BLOCK)
+        for block in [length if offset in diagonals else SCALE_BLOCK]
+        for start in range(0, length, block)
     ]

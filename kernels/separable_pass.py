@@ -105,7 +105,7 @@ def state_of_group(row, state, group):
 @triton.jit(do_not_specialize=["n_groups", "n_packing"])
 def separable_prepare(
     operators, tensors, factors, stretches, visits, groups, packing, state, saved, workspace,
-    counters, n_groups, n_packing,
+    counters, sigmas, n_groups, n_packing,
     SCALE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -127,7 +127,7 @@ def separable_prepare(
             )  # fmt: skip
     else:
         block = item - n_groups - n_packing
-        fill_scales(tensors, factors, stretches, block, saved, SCALE_BLOCK)
+        fill_scales(tensors, factors, stretches, block, saved, sigmas, SCALE_BLOCK)
 
 
 @triton.jit

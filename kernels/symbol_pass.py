@@ -4,7 +4,7 @@
 The definition is :mod:`lmtfast.engines.symbol`; all operators of a network are in each launch.
 
 ``symbol_prepare``: one program per candidate normalises its x and writes z, one per 256 channels
-writes a piece of the scale buffer.
+writes a piece of the scale buffer, one per diagonal map its scale and its norm.
 
 ``symbol_pass``: one program per tile of rows. With the eight real columns of the four candidates'
 z it forms y = A z for its rows, keeps it, and adds the rows up again, weighted by y: its part of
@@ -87,7 +87,7 @@ def state_of_group(row, state, group):
 @triton.jit(do_not_specialize=["n_vectors"])
 def symbol_prepare(
     operators, tensors, factors, stretches, vectors, tap_table, state, saved, workspace, counters,
-    n_vectors,
+    sigmas, n_vectors,
     BITS: tl.constexpr, SCALE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z of every candidate, inverse lengths of x, zero counters; and the scale buffer."""
@@ -103,7 +103,7 @@ def symbol_prepare(
             row, group, f, tensors, factors, tap_table, state, workspace, BITS
         )  # fmt: skip
     else:
-        fill_scales(tensors, factors, stretches, item - n_vectors, saved, SCALE_BLOCK)
+        fill_scales(tensors, factors, stretches, item - n_vectors, saved, sigmas, SCALE_BLOCK)
 
 
 @triton.jit

@@ -92,14 +92,10 @@ class SymbolWork:
     bits: int
 
 
-def symbol_work(table: OperatorTable) -> SymbolWork | None:
-    """The work of all operators that the table gives to the symbol engine; None if there are
-    none."""
-    chosen = rows_of_engine(table, "symbol")
-    if not chosen:
-        return None
+def symbol_work(table: OperatorTable) -> SymbolWork:
+    """The work of all operators that the table gives to the symbol engine, if there are any."""
     planner = _Planner(table)
-    for i in chosen:
+    for i in rows_of_engine(table, "symbol"):
         planner.add(i)
     return planner.finished()
 

@@ -251,7 +251,7 @@ def _diagonal_row(op: Scale, packing: _Packing) -> tuple[int, ...]:
     assert op.ref is not None
     length = math.prod(op.broadcast)
     at = packing.scale([ChannelScale(op.ref, op.inverse)], length, op.gain)
-    known = {"kind": KINDS.index("diagonal"), "row_scale": at, "rows": length}
+    known = {"kind": KINDS.index("diagonal"), "row_scale": at, "groups": 1, "rows": length}
     return tuple(known.get(name, 0) for name in FIELDS)
 
 

@@ -20,6 +20,7 @@ from lmtfast.graph import (
     ParameterRef,
     Region,
     RegionNode,
+    Scale,
     WeightRef,
 )
 from lmtfast.plan import BoundPlan, make_plan
@@ -100,6 +101,33 @@ def scaled(network: Network, *, gain: float = 1.0, identity: float = 0.0) -> Net
         alpha: torch.tensor([-0.7]), before: randn(ends[1], seed=3),
     }  # fmt: skip
     return Network([region], network.tensors | tensors)
+
+
+def diagonal(
+    name: str, tensors: dict[WeightRef, Tensor], ref: WeightRef, channels: int | None = None,
+    *, inverse: bool = False, gain: float = 1.0,
+) -> Network:  # fmt: skip
+    """One factor per channel of an image, or one for all where ``channels`` is None."""
+    shape = (channels or 1, 3, 4)
+    broadcast = () if channels is None else (channels, 1, 1)
+    op = Scale(name, shape, shape, ref, broadcast, inverse, gain)
+    return Network([Region(name, shape, shape, (RegionNode(op, (-1,)),))], tensors)
+
+
+def diagonals() -> Network:
+    """Pre-activation blocks: batch norms before and after convolutions. The first two share a
+    variance, the first and a convolution a gain, the last two all they have."""
+    first = conv("first", (6, 5, 3, 3), (6, 5))
+    second = scaled(conv("second", (5, 6, 3, 3), (6, 5), stride=(2, 1)), gain=1.5)
+    gamma, variance, beta = (ParameterRef(f"diagonal.{n}") for n in ("gamma", "variance", "beta"))
+    shared = {variance: randn(5, seed=8).square() + 0.1, gamma: randn(5, seed=9)}
+    norm = BatchNormScale(ParameterRef("second.gamma"), variance, 1e-3, "before")
+    after = BatchNormScale(gamma, variance, 1e-3, "after")
+    return (
+        diagonal("before", shared, norm, 5) + first + diagonal("after", {}, after, 5, gain=-0.5)
+        + second + diagonal("wide", {beta: randn(300, seed=10)}, beta, 300)
+        + diagonal("wide again", {}, beta, 300, inverse=True)
+    )  # fmt: skip
 
 
 def tap_major(weight: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.spectral_cases import CASES
+from tests.spectral_cases import CASES, diagonals
 from tests.test_contract_spectral import PAIRS, Provider, Run
 
 # Between them: the ends of tiles, groups, scales and identity, a shared weight, 16-bit gradients.
 BRIEF = ("identity_groups", "wide, bfloat16, tap-major")
 NAMES = (*BRIEF, "tied", "strided", "tall", "depthwise", "scaled_transposed")
+NETWORKS = {name: CASES[name] for name in NAMES} | {"diagonals": diagonals()}
 
 
 class Allocations:
@@ -55,14 +56,14 @@ class Allocations:
             p, e, case, id=f"{p.backend}-{e}-{case}",
             marks=[pytest.mark.slow] * (p.slow and case not in BRIEF),
         )
-        for p, e in PAIRS for case in NAMES
+        for p, e in PAIRS for case in NETWORKS
     ],
 )  # fmt: skip
 def test_memory_that_a_call_asks_for(
     provider: Provider, engine: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with provider.using():
-        run = Run(provider, engine, CASES[case])
+        run = Run(provider, engine, NETWORKS[case])
         state, grad = run.start(), torch.ones(len(run.network.regions))
 
         def results() -> list[Tensor]:

@@ -80,25 +80,6 @@ def assert_exact(network: Network) -> None:
     assert torch.equal(gradient.cpu().double(), rounded.reshape(gradient.shape))
 
 
-@pytest.mark.parametrize("update", [False, True])
-@pytest.mark.parametrize("name", ["plain", "many", "transposed"])
-def test_launches_of_a_step(name: str, update: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One to pack and one per product, however many operators there are."""
-    jit = pytest.importorskip("triton.runtime.jit")
-    plan = CASES[name].plan("operator", "triton")
-    tensors = [t.to(TRITON_DEVICE) for t in CASES[name].values(plan)]
-    launched: list[str] = []
-    monkeypatch.setattr(
-        jit.KernelInterface, "__getitem__",
-        lambda kernel, grid: lambda *_, **__: launched.append(kernel.__name__),
-    )  # fmt: skip
-    step = backends.backend_module("triton").spectral_step
-    step(
-        plan.table, tensors, torch.ones(plan.table.state_size, device=TRITON_DEVICE), update=update
-    )
-    assert launched == ["operator_pack"] + ["operator_product"] * (1 + update)
-
-
 def test_a_row_of_a_network_is_that_operator() -> None:
     from lmtfast.backends import triton_operator as products
 

@@ -25,7 +25,7 @@ from lmtfast.kernels.gradient_work import (
     weight_tiles,
 )
 from lmtfast.kernels.operator_work import OperatorWork, operator_tiles, operator_work
-from lmtfast.kernels.scale_work import scale_stretches
+from lmtfast.kernels.scale_work import STRETCH_FIELDS, scale_stretches
 from lmtfast.kernels.separable_work import SeparableWork, separable_tiles, separable_work
 from lmtfast.kernels.symbol_work import SymbolWork, symbol_work
 from lmtfast.table import SCALE_FIELDS, OperatorTable
@@ -38,7 +38,8 @@ REMEMBERED = 8
 
 @dataclass
 class Network:
-    """What one network's launches read. Tables by engine are None where it runs no operator.
+    """What one network's launches read. Tables by engine are None where it runs no operator; those
+    of symbol are empty, for its launches serve scales too.
 
     Attributes:
         table: The plan's table.
@@ -67,7 +68,7 @@ class Network:
     operator_tiles: list[WeightTiles]
     separable: SeparableWork | None
     separable_tiles: list[WeightTiles]
-    symbol: SymbolWork | None
+    symbol: SymbolWork
     symbol_tiles: WeightTiles
     _known: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _captured: list[Tensor] = field(default_factory=list)
@@ -136,7 +137,7 @@ def prepared(table: OperatorTable, device: torch.device) -> Network:
     network = Network(
         table, device, all(row[0] for row in table.rows),
         torch.tensor(table.scales, dtype=torch.int64).reshape(-1, len(SCALE_FIELDS)),
-        torch.tensor(scale_stretches(table), dtype=torch.int64).reshape(-1, 5),
+        torch.tensor(scale_stretches(table), dtype=torch.int64).reshape(-1, len(STRETCH_FIELDS)),
         scale_entries(table), tape_work(table), slots, scales, scales.union(*slots.values()),
         operator_work(table), operator_tiles(table), separable_work(table),
         separable_tiles(table), symbol_work(table), weight_tiles(table, "symbol"),

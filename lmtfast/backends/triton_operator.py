@@ -45,8 +45,8 @@ class _Call(NamedTuple):
         squares, packing = work.squares.shape[0], work.packing.shape[0]
         operator_product.operator_pack[(squares + packing + network.stretches.shape[0],)](
             work.operators, step.described, network.factors, network.stretches, work.squares,
-            work.packing, step.state, step.saved, self.workspace, self.counters, squares, packing,
-            **operator_product.PACK_GEOMETRY,
+            work.packing, step.state, step.saved, self.workspace, self.counters, step.sigmas,
+            squares, packing, **operator_product.PACK_GEOMETRY,
         )  # fmt: skip
 
     def product(self, items: Tensor, *, second: bool, last: bool) -> None:

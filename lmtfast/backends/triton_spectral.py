@@ -27,16 +27,16 @@ from lmtfast.kernels import (
     symbol_gradient,
     symbol_pass,
 )
-from lmtfast.table import OperatorTable
+from lmtfast.table import CLOSED_FORM, OperatorTable
 
-STEPS = frozenset({"operator", "symbol", "separable"})
+STEPS = frozenset({"operator", "symbol", "separable", CLOSED_FORM})
 
 
 def spectral_step(
     table: OperatorTable, tensors: Sequence[Tensor], state: Tensor, *, update: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every operator that the table marks as compiled: three launches of each engine,
-    two of power iteration where nothing is to move.
+    two of power iteration where nothing is to move. Diagonal maps come with the first.
 
     Arguments and results are those of :func:`lmtfast.backends.native_spectral.spectral_step`, on
     a GPU; weights may be float16 as well.
@@ -80,7 +80,7 @@ def _separable_step(step: Step) -> None:
     groups, packing = work.groups.shape[0], work.packing.shape[0]
     separable_pass.separable_prepare[(groups + packing + network.stretches.shape[0],)](
         operators, described, network.factors, network.stretches, work.visits, work.groups,
-        work.packing, state, step.saved, workspace, counters, groups, packing,
+        work.packing, state, step.saved, workspace, counters, step.sigmas, groups, packing,
         **separable_pass.PREPARE_GEOMETRY,
     )  # fmt: skip
     grid = (work.tiles.shape[0],)
@@ -97,17 +97,20 @@ def _separable_step(step: Step) -> None:
 
 def _symbol_step(step: Step) -> None:
     network, work = step.network, step.network.symbol
-    if work is None:
+    vectors = work.vectors.shape[0]
+    if not vectors and (network.operator or network.separable):
         return
     operators, described, state = work.operators, step.described, step.state
     workspace = state.new_empty(work.workspace)
     counters = torch.empty(work.counters, dtype=torch.int32, device=state.device)
-    vectors = work.vectors.shape[0]
+    # Scales alone where there are no operators but diagonal maps.
     symbol_pass.symbol_prepare[(vectors + network.stretches.shape[0],)](
         operators, described, network.factors, network.stretches, work.vectors, work.tap_table,
-        state, step.saved, workspace, counters, vectors, BITS=work.bits,
+        state, step.saved, workspace, counters, step.sigmas, vectors, BITS=work.bits,
         **symbol_pass.PREPARE_GEOMETRY,
     )  # fmt: skip
+    if not vectors:
+        return
     symbol_pass.symbol_pass[(work.tiles.shape[0],)](
         operators, described, work.tiles, step.saved, workspace, UPDATE=step.update,
         DTYPES=network.dtypes("symbol", step.views), **symbol_pass.PASS_GEOMETRY,
@@ -203,9 +206,8 @@ def _write_gradients(
     tiles = network.symbol_tiles.tiles.shape[0]
     programs = tiles + (entries.entries.shape[0] if scales else 0)
     if programs:
-        operators = described if network.symbol is None else network.symbol.operators
         symbol_gradient.symbol_gradient[(programs,)](
-            operators, described, network.factors, network.symbol_tiles.tiles,
+            network.symbol.operators, described, network.factors, network.symbol_tiles.tiles,
             network.symbol_tiles.sharers, entries.entries, entries.uses, targets, saved,
             grad_sigmas, sums, gradients, tiles, DTYPES=network.dtypes("symbol", views),
             **symbol_gradient.GRADIENT_GEOMETRY,
