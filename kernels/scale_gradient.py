@@ -4,8 +4,8 @@
 One program owns 32 entries of one tensor, or the only entry of a tensor that serves all channels,
 and adds every use of it in the order of the table: no float is added across programs. A use needs
 the gradient in the product of factors it is part of. For rows of the symbol engine that is u . p of
-what the step has saved; for its columns a sum over the weights; for a diagonal map a sign at the
-entry that is its norm; other engines have written theirs into ``grad_scales``.
+what the step has saved; for its columns a sum over the weights; for a diagonal map all of it
+is that of one entry; other engines have written theirs into ``grad_scales``.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def use_gradient(
             outer += tl.load(place + i, mask, other=0.0)
     elif side == DIAGONAL_SIDE:
         scales = saved + tl.load(factor + FACTOR_OFFSET)
-        outer = diagonal_gradient(scales, tl.load(entry + 8), i, mask)
-        outer *= tl.load(grad_sigmas + op).to(tl.float64)
+        grad = tl.load(grad_sigmas + op)
+        outer = diagonal_gradient(scales, tl.load(entry + 8), grad, i, mask)
     else:
         row = operators + op * SYMBOL_WIDTH
         if side == COLUMN_SIDE:
@@ -120,10 +120,10 @@ def use_gradient(
 
 
 @triton.jit
-def diagonal_gradient(scales, length, i, mask):
-    """The sign of the entry that is a diagonal map's norm, 0 for all others, float64."""
+def diagonal_gradient(scales, length, grad, i, mask):
+    """All of it belongs to the entry that is a diagonal map's norm; float64."""
     x = tl.load(scales + i, mask & (i == largest_entry(scales, length, SCAN_BLOCK)), other=0.0)
-    return tl.where(x == 0, 0.0, tl.where(x < 0, -1.0, 1.0)).to(tl.float64)
+    return tl.where(x == 0, 0.0, tl.where(x < 0, -grad, grad)).to(tl.float64)
 
 
 @triton.jit

@@ -17,9 +17,19 @@ from torch import Tensor
 from lmtfast.backends import cuda_spectral
 from lmtfast.backends.reference import Leaves
 from lmtfast.engines import get_engine
-from lmtfast.graph import Conv, Region, RegionNode
+from lmtfast.graph import Conv, ParameterRef, Region, RegionNode
 from lmtfast.plan import BoundPlan
-from tests.spectral_cases import CASES, Network, conv, matrix, randn, scaled, tap_major
+from tests.spectral_cases import (
+    CASES,
+    Network,
+    conv,
+    diagonal,
+    diagonals,
+    matrix,
+    randn,
+    scaled,
+    tap_major,
+)
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -61,9 +71,39 @@ def count_step(core: ModuleType, network: Network, engine: str, *, update: bool)
 )
 def test_launches_of_a_step(core: ModuleType, engine: str, read: int, moved: int) -> None:
     """However many operators there are."""
-    for network in (CASES["plain"], CASES["many"]):
+    for network in (CASES["plain"], CASES["many"], diagonals()):
         assert count_step(core, network, engine, update=True) == moved
         assert count_step(core, network, engine, update=False) == read
+
+
+def alone() -> Network:
+    ref = ParameterRef("factor")
+    return diagonal("a", {ref: randn(700, seed=1)}, ref, 700) + diagonal("b", {}, ref, 700)
+
+
+@pytest.mark.parametrize(
+    ("network", "engine", "launches"),
+    [(diagonals(), "symbol", 3), (diagonals(), "separable", 3), (alone(), "symbol", 1)],
+    ids=["symbol", "separable", "alone"],
+)
+def test_diagonal_maps_add_no_launch(
+    core: ModuleType, network: Network, engine: str, launches: int
+) -> None:
+    """Nor does the order in which blocks run change a bit of what they add to shared tensors."""
+    plan, tensors, state = start_of(network, engine)
+    assert len(plan.table.compiled) == len(network.regions)
+    grad, results = randn(len(network.regions), seed=7), []
+    for order in (0, 1, 2):
+        core.set_order(order)
+        core.count_launches(reset=True)
+        found = cuda_spectral.spectral_step(plan.table, tensors, state, update=True)
+        assert core.count_launches(reset=True) == launches
+        wanted = [True] * len(tensors)
+        grads = cuda_spectral.spectral_vjp(plan.table, tensors, found[2], grad, wanted)
+        assert core.count_launches() == 1
+        results.append([*found, *grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))  # type: ignore[arg-type]
 
 
 def test_launches_of_the_tape(core: ModuleType) -> None:

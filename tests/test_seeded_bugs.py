@@ -17,7 +17,7 @@ from tests.seeding import MODULES, TREE
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN, SPECTRAL = "tests/test_contract_margin.py", "tests/test_contract_spectral.py"
-MEMORY = "tests/test_spectral_memory.py"
+MEMORY, DIAGONAL = "tests/test_spectral_memory.py", "tests/test_contract_diagonal.py"
 
 
 class Bug(NamedTuple):
@@ -151,6 +151,22 @@ BUGS = (
         SPECTRAL, "triton-separable and gradients and tap-major",
     ),
     Bug(
+        "triton diagonal: last channels lost", "kernels/channel_scale.py",
+        "for start in range(0, length, BLOCK):", "for start in range(0, length - 1, BLOCK):",
+        DIAGONAL, "triton and reference",
+    ),
+    Bug(
+        "triton diagonal: sign of the gradient", "kernels/scale_gradient.py",
+        "tl.where(x < 0, -grad, grad)", "grad",
+        DIAGONAL, "triton and reference",
+    ),
+    Bug(
+        "triton diagonal: a use of another map's norm", "kernels/gradient_work.py",
+        "use = [k, variance, *users.get(offset, (-1, 0)), *spans[offset], *place, length]",
+        "use = [k, variance, *users.get(0, (-1, 0)), *spans[offset], *place, length]",
+        DIAGONAL, "triton and reference and twice",
+    ),
+    Bug(
         "triton tape: second operands lost", "kernels/composition.py",
         "found = tl.where(consumer % 2 == 1, lanes(to_b, place), lanes(to_a, place))",
         "found = lanes(to_a, place)",
@@ -213,6 +229,22 @@ BUGS = (
         "cuda gradient: no mask on the last columns", "csrc/ops/cuda/gradient.cu",
         "if (i < left) to[i]", "to[i]",
         MEMORY, "cuda",
+    ),
+    Bug(
+        "cuda diagonal: channels beyond the first of each thread lost", "csrc/ops/cuda/scales.h",
+        "i < length; i += kBlockThreads", "i < length && i < kBlockThreads; i += kBlockThreads",
+        DIAGONAL, "cuda and reference",
+    ),
+    Bug(
+        "cuda diagonal: the last of equals", "csrc/ops/cuda/scales.h",
+        "<< 32 | (kLast - i);\n    best = key > best ? key : best;\n  }\n  return kLast - (",
+        "<< 32 | i;\n    best = key > best ? key : best;\n  }\n  return (",
+        DIAGONAL, "cuda and reference",
+    ),
+    Bug(
+        "cuda diagonal: sign of the gradient", "csrc/ops/cuda/gradient.cu",
+        "x < 0.0f ? -grad : grad", "grad",
+        DIAGONAL, "cuda and reference",
     ),
     Bug(
         "cuda panel: row scale lost in the adjoint", "csrc/ops/cuda/panel.h",

@@ -138,6 +138,7 @@ void validate(const lmtfast_network& net, const lmtfast_tensor* tensors, int64_t
                row.kind, "rows.kind", i);
     if (row.kind == LMTFAST_STENCIL) validate_row(net, tensors, n_tensors, i);
     if (row.kind == LMTFAST_DIAGONAL) {
+      require_in(row.groups == 1, "one group", row.groups, "rows.groups", i);
       require_in(row.rows >= 1 && row.row_scale >= 0 && row.rows <= net.scale_size - row.row_scale,
                  "a stretch of the scale buffer", row.row_scale, "rows.row_scale", i);
     }

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lmtfast.backends import cuda_device
 from lmtfast.backends.spectral_argument import check_state, dense, tap_major, vector
-from lmtfast.table import OperatorTable
+from lmtfast.table import CLOSED_FORM, OperatorTable
 
-STEPS = frozenset({"operator", "symbol", "separable"})
+STEPS = frozenset({"operator", "symbol", "separable", CLOSED_FORM})
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 
 
@@ -42,8 +42,9 @@ def spectral_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every operator that the table marks as compiled.
 
-    Three launches of each engine, two of power iteration where nothing is to move. Arguments and
-    results are those of :func:`lmtfast.backends.native_spectral.spectral_step`, on a GPU.
+    Three launches of each engine, two of power iteration where nothing is to move; they share the
+    first, which takes diagonal maps along. Arguments and results are those of
+    :func:`lmtfast.backends.native_spectral.spectral_step`, on a GPU.
 
     Raises:
         BackendUnavailableError: No CUDA build, no GPU, or the state is elsewhere.

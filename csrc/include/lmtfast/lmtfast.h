@@ -61,13 +61,13 @@ LMTFAST_API const char* lmtfast_last_error(void);
  * used. Unused axes hold 1 (in, out, kernel, stride, dilation) or 0 (padding).
  *
  * A diagonal map has no weight and no iterate: its norm is the largest modulus of the `rows` entries
- * of the scale buffer from row_scale on; all other fields are zero. */
+ * of the scale buffer from row_scale on; groups is 1, all other fields are zero. */
 #define LMTFAST_OP_ROW_AXES 3
 #define LMTFAST_OP_ROW_FIELDS 36
 typedef enum lmtfast_kind {
   LMTFAST_ELSEWHERE = 0, /* not run here, all else zero */
   LMTFAST_STENCIL = 1,
-  LMTFAST_DIAGONAL = 2 /* CPU only */
+  LMTFAST_DIAGONAL = 2
 } lmtfast_kind;
 typedef struct lmtfast_op_row {
   int64_t kind;         /* lmtfast_kind */

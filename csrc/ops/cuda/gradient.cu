@@ -204,7 +204,19 @@ __device__ void tile_gradient(const View& v, const Op& op, const Item& item, flo
   if (target.sums) write_sums(v, op, item, row0, column0, grad, tile);
 }
 
-// Gradient of the scale buffer, of one operator and group.
+// Gradient of the scale buffer, of a diagonal map: all of it belongs to the entry that is the norm.
+__device__ void sign_scales(const View& v, const Item& item) {
+  const OpRow& row = v.rows[item.op];
+  const float* scales = v.saved + row.row_scale;
+  const int64_t at = largest_entry(scales, row.rows);
+  const float grad = v.grad_sigmas[item.op];
+  for (int64_t i = threadIdx.x; i < row.rows; i += kBlockThreads) {
+    const float x = i == at ? scales[i] : 0.0f;
+    v.grad_scales[row.row_scale + i] = x == 0.0f ? 0.0f : x < 0.0f ? -grad : grad;
+  }
+}
+
+// Of one operator and group.
 __device__ void sum_scales(const View& v, const Item& item) {
   const Op op(v, item.op, item.group);
   const OpRow& row = op.row;
@@ -292,7 +304,14 @@ __device__ void add_slot(const View& v, const Item& item, bool first, float* out
 template <int kCapacity>
 __device__ void scale_gradients(const View& v, const Circle& circle,
                                 const Words<kCapacity>& grads) {
-  for (int64_t i = circle.sums_begin; i < circle.sums_end; ++i) sum_scales(v, v.sums[i]);
+  for (int64_t i = circle.sums_begin; i < circle.sums_end; ++i) {
+    const Item item = v.sums[i];
+    if (v.rows[item.op].kind == LMTFAST_DIAGONAL) {
+      sign_scales(v, item);
+    } else {
+      sum_scales(v, item);
+    }
+  }
   __syncthreads();
   for (int64_t i = circle.slots_begin; i < circle.slots_end; ++i) {
     const Item item = v.slots[i];
@@ -310,7 +329,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
                     const __grid_constant__ Words<kCapacity> grads) {
   const Item item = v.items[blockIdx.x];
   v.tensors = tensors.word;
-  for (int64_t index = item.op; index >= 0; index = v.work[index].tied) {
+  const bool weights = v.rows[item.op].kind == LMTFAST_STENCIL;
+  for (int64_t index = weights ? item.op : -1; index >= 0; index = v.work[index].tied) {
     const Op op(v, static_cast<int32_t>(index), item.group);
     const Target target{
         address_of<float>(grads.word[op.row.weight_slot]),

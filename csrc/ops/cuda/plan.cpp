@@ -75,6 +75,8 @@ class Builder {
   void plan_stencil(int64_t i, const Stencil& s);
   void plan_scales(int64_t i);
   void plan_gradient(int64_t i, const Stencil& s);
+  void plan_diagonal(int64_t i);
+  std::vector<Item>& round(int64_t number);
 
   const lmtfast_network& net_;
   int64_t shared_floats_;
@@ -252,30 +254,46 @@ void Builder::plan_gradient(int64_t i, const Stencil& s) {
   work.tied = work.circle = -1;
   if (row.row_scale >= 0) work.row_sums = floats(s.groups * column_tiles * s.rows);
   if (row.column_scale >= 0) work.column_sums = floats(s.groups * row_tiles * s.columns);
-  int64_t round = 0;
+  int64_t heads_before = 0;
   for (int64_t other = 0; other < i; ++other) {
     const OpRow& o = net_.rows[other];
-    if (o.kind == 0 || o.weight_slot != row.weight_slot) continue;
+    if (o.kind != LMTFAST_STENCIL || o.weight_slot != row.weight_slot) continue;
     if (same_gradient(o, row) && work_[other].tied < 0) {
       work_[other].tied = i;
       return;
     }
     bool heads = true;
     for (int64_t before = 0; before < other; ++before) heads = heads && work_[before].tied != other;
-    round += heads;
+    heads_before += heads;
   }
-  work.accumulate = round > 0;
-  if (static_cast<int64_t>(rounds_.size()) <= round) rounds_.resize(round + 1);
+  work.accumulate = heads_before > 0;
   const int64_t across = gradient_in_strips(row) ? pieces(s.columns, kStripColumns) : column_tiles;
   for (int64_t group = 0; group < s.groups; ++group) {
     add(kGradient, i, group, row_tiles * across);
-    for (auto& item : items_[kGradient]) rounds_[round].push_back(item);
+    for (auto& item : items_[kGradient]) round(heads_before).push_back(item);
     items_[kGradient].clear();
   }
 }
 
+std::vector<Item>& Builder::round(int64_t number) {
+  if (static_cast<int64_t>(rounds_.size()) <= number) rounds_.resize(number + 1);
+  return rounds_[number];
+}
+
+void Builder::plan_diagonal(int64_t i) {
+  const OpRow& row = net_.rows[i];
+  need(row.groups == 1, "one group", row.groups, "rows.groups", i);
+  need(row.rows < kMaxIndex, "fewer than 2^31 entries", row.rows, "rows.rows", i);
+  plan_scales(i);
+  work_[i].method = static_cast<int64_t>(method_of(row));
+  work_[i].tied = work_[i].circle = -1;
+  add(kPrepare, i, 0, 1);
+  round(0).push_back({static_cast<int32_t>(i), 0, 0, 1});
+}
+
 void Builder::plan_row(int64_t i) {
   const OpRow& row = net_.rows[i];
+  if (row.kind == LMTFAST_DIAGONAL) return plan_diagonal(i);
   require_indexable(row, i);
   const Stencil s = stencil_of(row);
   work_[i].stencil = s;
@@ -295,8 +313,6 @@ void Builder::plan_row(int64_t i) {
 std::vector<int64_t> Builder::build() {
   items_[kPrepare].push_back({-1, 0, 0, 0});
   for (int64_t i = 0; i < net_.n_rows; ++i) {
-    need(net_.rows[i].kind != LMTFAST_DIAGONAL, "no diagonal map", net_.rows[i].kind, "rows.kind",
-         i);
     if (net_.rows[i].kind != 0) plan_row(i);
   }
   const Circles circles = make_circles(net_, work_, rounds_);

@@ -14,10 +14,11 @@
 namespace lmtfast::cuda {
 
 // How an operator is run: by its engine, but a matrix under the power iteration has products of its
-// own, bound by memory.
-enum class Method : int64_t { kSymbol, kSeparable, kStencil, kMatrix };
+// own, bound by memory, and a diagonal map has none.
+enum class Method : int64_t { kSymbol, kSeparable, kStencil, kMatrix, kDiagonal };
 
 LMTFAST_HD Method method_of(const OpRow& row) {
+  if (row.kind == LMTFAST_DIAGONAL) return Method::kDiagonal;
   if (row.engine == LMTFAST_SYMBOL) return Method::kSymbol;
   if (row.engine == LMTFAST_SEPARABLE) return Method::kSeparable;
   return row.axes == 0 ? Method::kMatrix : Method::kStencil;
@@ -56,7 +57,8 @@ static_assert(sizeof(Item) == 2 * sizeof(int64_t));
 
 // Launches; their items are one stretch of the table each.
 enum Stage {
-  kPrepare,        // scales, vectors that products read; the first item writes the tensors
+  kPrepare,        // scales, norms of diagonal maps, vectors that products read; the first item
+                   // writes the tensors
   kPass,           // both products of symbols and matrices
   kPassRecord,     // their sigma and saved vectors
   kPassReduce,     // sums of the adjoint over the tiles, then new iterates
@@ -67,7 +69,8 @@ enum Stage {
   kFirstAdjoint,   // of transposed ones
   kSecondAdjoint,  // A^T u of convolutions,
   kSecondImage,    // of transposed ones
-  kGradient,       // weight gradients; weights that are read in several shapes take rounds
+  kGradient,       // weight gradients; weights that are read in several shapes take rounds; an item
+                   // of a diagonal map has none, but its turn in a circle
   kGradientSums,   // gradient of the scale buffer, sorted by circle
   kGradientSlots,  // gradients of the tensors of scales, sorted by circle: tensor `op`, factor `group`
                    // of the table, and the factors `tile`..`tiles` among which are its companions

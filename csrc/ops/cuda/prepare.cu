@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The first launch of every call: the table of tensors, the scale buffer, and the vectors that the
-// first products read.
+// The first launch of every call: the table of tensors, the scale buffer, the norms of diagonal maps,
+// and the vectors that the first products read.
 #include <cmath>
 
 #include "ops/cuda/matrix.h"
@@ -78,6 +78,15 @@ __device__ void prepare_panel(const View& v, const Item& item) {
   }
 }
 
+__device__ void prepare_diagonal(const View& v, const Item& item) {
+  const OpRow& row = v.rows[item.op];
+  write_scales(v, v.work[item.op], row.row_scale, row.rows);
+  __syncthreads();
+  const float* scales = v.saved + row.row_scale;
+  const int64_t at = largest_entry(scales, row.rows);
+  if (threadIdx.x == 0) v.sigmas[item.op] = std::fabs(scales[at]);
+}
+
 // The first block writes the table of tensors for the launches that follow, and resets counters.
 template <int kCapacity>
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -89,8 +98,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     return;
   }
   v.tensors = words.word;
-  if (static_cast<Method>(v.work[item.op].method) == Method::kStencil) {
+  const auto method = static_cast<Method>(v.work[item.op].method);
+  if (method == Method::kStencil) {
     prepare_stencil(v, item);
+  } else if (method == Method::kDiagonal) {
+    prepare_diagonal(v, item);
   } else {
     prepare_panel(v, item);
   }

@@ -93,7 +93,7 @@ void spectral_vjp(const Plan& plan, const lmtfast_tensor* tensors, int64_t n_ten
   std::vector<char> read(static_cast<size_t>(n_tensors), 0);
   bool scales = false;
   for (int64_t i = 0; i < net.n_rows; ++i) {
-    if (net.rows[i].kind != 0) read[net.rows[i].weight_slot] = 1;
+    if (net.rows[i].kind == LMTFAST_STENCIL) read[net.rows[i].weight_slot] = 1;
   }
   const auto* slots = reinterpret_cast<const Item*>(plan.host + call.header.stage[kGradientSlots]);
   for (int64_t i = 0; i < call.header.blocks[kGradientSlots]; ++i) {
