@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import lmtfast as lf
 from lmtfast.backends import cuda_spectral
 from lmtfast.backends.reference import Leaves
 from lmtfast.engines import get_engine
 from lmtfast.graph import Conv, ParameterRef, Region, RegionNode
 from lmtfast.plan import BoundPlan
+from lmtfast.table import CLOSED_FORM
+from tests.networks import IMAGE, WideResNet
 from tests.spectral_cases import (
     CASES,
     Network,
@@ -104,6 +107,19 @@ def test_diagonal_maps_add_no_launch(
         results.append([*found, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["symbol", "separable"])
+def test_launches_of_a_pre_activation_network(core: ModuleType, engine: str) -> None:
+    """Three for all norms, one for the tape and one backward; a matrix keeps power iteration."""
+    bound = lf.NetworkBound(WideResNet(), IMAGE, engine=engine, backend="cuda")
+    assert bound.plan.uncompiled == ()
+    assert set(bound.plan.engines) == {engine, "operator", CLOSED_FORM}
+    core.count_launches(reset=True)
+    total = bound().total
+    assert core.count_launches(reset=True) == 3 + 1 + 2 * (engine == "separable")
+    total.backward()
+    assert core.count_launches() == 1
 
 
 def test_launches_of_the_tape(core: ModuleType) -> None:
