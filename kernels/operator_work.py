@@ -11,20 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
 from lmtfast.kernels.descriptor import ADDED
-from lmtfast.kernels.gradient_work import (
-    WeightTiles,
-    gradient_side,
-    group_tiles,
-    rows_of_engine,
-    scale_sums,
-)
-from lmtfast.kernels.packing import PACK_CHANNELS, PACK_ROWS
-from lmtfast.kernels.scale_work import added_fields
+from lmtfast.kernels.gradient_work import WeightTiles, gradient_side, group_tiles, rows_of_engine
+from lmtfast.kernels.planner import PackedPlanner, int32_table, longest_first
 from lmtfast.kernels.visit_work import (
     VISIT_WIDTH,
     PositionClass,
@@ -117,32 +109,18 @@ def operator_tiles(table: OperatorTable) -> list[WeightTiles]:
     )
 
 
-class _Planner:
+class _Planner(PackedPlanner):
     def __init__(self, table: OperatorTable) -> None:
-        self.table, self.sums = table, scale_sums(table)[0]
-        self.operators: list[list[int]] = []
-        self.visits: list[list[int]] = []
+        super().__init__(table, OPERATOR_FIELDS)
         self.squares: list[list[int]] = []
-        self.packing: list[list[int]] = []
         self.products: tuple[list[tuple[int, list[int]]], ...] = ([], [])
-        self.workspace = 0
-
-    def _take(self, entries: int) -> int:
-        offset, self.workspace = self.workspace, self.workspace + -(-entries // 4) * 4
-        return offset
 
     def add(self, number: int) -> None:
-        op, row = len(self.operators), dict(zip(FIELDS, self.table.rows[number], strict=True))
+        op, row, take = len(self.operators), self.row_of(number), self.take
         groups, rows, channels = row["groups"], row["rows"], row["channels"]
-        added = added_fields(self.table, number)
-        taps = added[1]
-        inputs, outputs = (math.prod(row[f"{e}_{a}"] for a in range(3)) for e in ("in", "out"))
-        sizes = [groups * channels * inputs, groups * rows * outputs]
+        shared = self.packed(row)
+        sizes = [groups * channels * shared["in_points"], groups * rows * shared["out_points"]]
         vector, image = sizes[::-1] if row["transposed"] else sizes
-        sums = self.sums
-        direct = row["row_scale"] < 0 and row["column_scale"] < 0 and row["identity"] == 0
-        width = -(-channels // 4) * 4
-        first_visit = len(self.visits)
         forward = self._product(op, groups, rows, channels, [forward_class(row)])
         adjoint = self._product(op, groups, channels, rows, adjoint_classes(row))
         image_items, back_items = (adjoint, forward) if row["transposed"] else (forward, adjoint)
@@ -153,27 +131,13 @@ class _Planner:
                 cost += SCALING_COST * size
                 self.products[kind].append((cost, [*item[:6], piece, *item[6:]]))
         values = {
-            "in_points": inputs, "out_points": outputs, "visits": first_visit,
-            "direct": int(direct), "width": width,
-            "packed": self._take(groups * taps * rows * width),
-            "entered_parts": self._take(2 * pieces), "entered_count": pieces,
-            "image": self._take(image), "image_parts": self._take(2 * len(image_items)),
-            "image_count": len(image_items), "back": self._take(vector),
-            "back_parts": self._take(2 * len(back_items)), "back_count": len(back_items),
-            "image_size": image, "vector_size": vector, 
-            "row_sums": sums.get(row["row_scale"], (0, 0))[0],
-            "column_sums": sums.get(row["column_scale"], (0, 0))[0],
+            "entered_parts": take(2 * pieces), "entered_count": pieces, "image": take(image),
+            "image_parts": take(2 * len(image_items)), "image_count": len(image_items),
+            "back": take(vector), "back_parts": take(2 * len(back_items)),
+            "back_count": len(back_items), "image_size": image, "vector_size": vector,
         }  # fmt: skip
-        self.operators.append(
-            [*self.table.rows[number], *added, *(values[name] for name in OPERATOR_FIELDS)]
-        )
+        self.describe(row, shared | values)
         self.squares += [[op, piece] for piece in range(pieces)]
-        self.packing += [
-            [op, g, r, c]
-            for g in range(groups)
-            for r in range(-(-rows // PACK_ROWS))
-            for c in range(-(-channels // PACK_CHANNELS))
-        ]
 
     def _product(
         self, op: int, groups: int, rows: int, inner: int, classes: list[PositionClass]
@@ -197,15 +161,11 @@ class _Planner:
         return items
 
     def finished(self) -> OperatorWork:
-        def table(rows: list[list[int]], width: int) -> Tensor:
-            return torch.tensor(rows, dtype=torch.int32).reshape(-1, width)
-
-        # Long programs first, so that none is left alone at the end.
-        products = [
-            table([item for _, item in sorted(found, key=lambda pair: -pair[0])], ITEM_WIDTH.value)
-            for found in self.products
-        ]
+        images, backs = (
+            int32_table(longest_first(found), ITEM_WIDTH.value) for found in self.products
+        )
         return OperatorWork(
-            torch.tensor(self.operators, dtype=torch.int64), table(self.visits, VISIT_WIDTH.value),
-            table(self.squares, 2), table(self.packing, 4), *products, self.workspace,
+            self.descriptors(), int32_table(self.visits, VISIT_WIDTH.value),
+            int32_table(self.squares, 2), int32_table(self.packing, 4), images, backs,
+            self.workspace,
         )  # fmt: skip

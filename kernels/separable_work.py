@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -16,11 +14,9 @@ from lmtfast.kernels.gradient_work import (
     WeightTiles,
     group_tiles,
     rows_of_engine,
-    scale_sums,
 )
-from lmtfast.kernels.packing import PACK_CHANNELS, PACK_ROWS
-from lmtfast.kernels.scale_work import added_fields
-from lmtfast.kernels.visit_work import adjoint_classes, forward_class
+from lmtfast.kernels.planner import PackedPlanner, int32_table, longest_first
+from lmtfast.kernels.visit_work import VISIT_WIDTH, adjoint_classes, forward_class
 from lmtfast.table import FIELDS, RANK, OperatorTable
 
 # Fields behind ADDED. Workspace offsets count float32. R rows, C channels, T taps, n inputs and m
@@ -116,41 +112,29 @@ def separable_tiles(table: OperatorTable) -> list[WeightTiles]:
     return group_tiles(table, "separable", lambda rows, channels: (SEPARABLE_ROWS, channels))
 
 
-class _Planner:
+class _Planner(PackedPlanner):
     def __init__(self, table: OperatorTable) -> None:
-        self.table, self.sums = table, scale_sums(table)[0]
-        self.operators: list[list[int]] = []
-        self.visits: list[list[int]] = []
+        super().__init__(table, SEPARABLE_FIELDS)
         self.classes: list[list[int]] = []
         self.groups: list[list[int]] = []
-        self.packing: list[list[int]] = []
         self.tiles: list[tuple[int, list[int]]] = []
-        self.workspace = self.counters = 0
-
-    def _take(self, entries: int) -> int:
-        offset, self.workspace = self.workspace, self.workspace + -(-entries // 4) * 4
-        return offset
+        self.counters = 0
 
     def add(self, number: int) -> None:
-        op, row = len(self.operators), dict(zip(FIELDS, self.table.rows[number], strict=True))
-        groups, rows, channels = row["groups"], row["rows"], row["channels"]
-        added = added_fields(self.table, number)
-        taps = added[1]
-        inputs, outputs = (math.prod(row[f"{e}_{a}"] for a in range(3)) for e in ("in", "out"))
+        op, row, take = len(self.operators), self.row_of(number), self.take
+        groups, rows, channels, taps = (row[n] for n in ("groups", "rows", "channels", "taps"))
+        shared = self.packed(row)
+        inputs, outputs = shared["in_points"], shared["out_points"]
         tiles, depth = -(-rows // SEPARABLE_ROWS), taps * RANK
-        first_visit, first_class = len(self.visits), len(self.classes)
+        first_class = len(self.classes)
         self.visits += forward_class(row).visits
         for part in adjoint_classes(row):
             span = [len(self.visits), len(self.visits) + len(part.visits)]
             self.visits += part.visits
             self.classes.append([*span, *part.residue, *part.counts])
         counter, self.counters = self.counters, self.counters + 2 * groups + 1
-        width, take = -(-channels // 4) * 4, self._take
-        direct = row["row_scale"] < 0 and row["column_scale"] < 0 and row["identity"] == 0
         values = {
-            "in_points": inputs, "out_points": outputs, "visits": first_visit,
-            "class_first": first_class, "class_last": len(self.classes), "direct": int(direct),
-            "width": width, "packed": take(groups * taps * rows * width), "tiles": tiles,
+            "class_first": first_class, "class_last": len(self.classes), "tiles": tiles,
             "image_counter": counter, "adjoint_counter": counter + groups + 1,
             "channels_in": take(groups * channels * RANK), "patterns": take(groups * inputs * RANK),
             "moved": take(groups * inputs * RANK), "windows": take(groups * outputs * depth),
@@ -160,29 +144,16 @@ class _Planner:
             "mixing": take(groups * depth**2), "triangle": take(groups * TRIANGLE_SIZE.value),
             "norms": take(groups * NORMS_WIDTH.value),
             "parts": take(groups * tiles * channels * RANK),
-            "row_sums": self.sums.get(row["row_scale"], (0, 0))[0],
-            "column_sums": self.sums.get(row["column_scale"], (0, 0))[0],
         }  # fmt: skip
-        self.operators.append(
-            [*self.table.rows[number], *added, *(values[name] for name in SEPARABLE_FIELDS)]
-        )
+        self.describe(row, shared | values)
         for g in range(groups):
             self.groups.append([op, g])
-            self.packing += [
-                [op, g, r, c]
-                for r in range(-(-rows // PACK_ROWS))
-                for c in range(-(-channels // PACK_CHANNELS))
-            ]
             self.tiles += [(channels * taps, [op, g, t]) for t in range(tiles)]
 
     def finished(self) -> SeparableWork:
-        def table(rows: list[list[int]], width: int) -> Tensor:
-            return torch.tensor(rows, dtype=torch.int32).reshape(-1, width)
-
-        # Long tiles first, so that no program is left alone at the end.
-        tiles = [item for _, item in sorted(self.tiles, key=lambda pair: -pair[0])]
         return SeparableWork(
-            torch.tensor(self.operators, dtype=torch.int64), table(self.visits, 4),
-            table(self.classes, CLASS_WIDTH.value), table(self.groups, 2), table(self.packing, 4),
-            table(tiles, 3), self.workspace, self.counters,
+            self.descriptors(), int32_table(self.visits, VISIT_WIDTH.value),
+            int32_table(self.classes, CLASS_WIDTH.value), int32_table(self.groups, 2),
+            int32_table(self.packing, 4), int32_table(longest_first(self.tiles), 3),
+            self.workspace, self.counters,
         )  # fmt: skip

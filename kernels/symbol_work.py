@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmtfast.kernels.descriptor import ADDED
 from lmtfast.kernels.gradient_work import rows_of_engine
-from lmtfast.kernels.scale_work import added_fields
+from lmtfast.kernels.planner import Planner, int32_table, longest_first
 from lmtfast.table import CANDIDATES, FIELDS, OperatorTable
 
 # Fields behind ADDED. Workspace offsets count float32; R rows, C channels, T taps, K = C T columns,
@@ -106,10 +106,9 @@ def rows_per_tile(rows: int, columns: int) -> int:
     return TILE_ROWS * min(wanted, -(-rows // TILE_ROWS))
 
 
-class _Planner:
+class _Planner(Planner):
     def __init__(self, table: OperatorTable) -> None:
-        self.table = table
-        self.operators: list[list[int]] = []
+        super().__init__(table, SYMBOL_FIELDS)
         self.taps: list[list[int]] = []
         self.roots: list[float] = []
         self.root_offsets: dict[tuple[int, ...], int] = {}
@@ -117,18 +116,11 @@ class _Planner:
         self.tiles: list[tuple[int, list[int]]] = []
         self.blocks: list[list[int]] = []
         self.readings: list[list[int]] = []
-        self.workspace = self.counters = self.largest = 0
-
-    def _take(self, entries: int) -> int:
-        """Offset of a new part of the workspace; parts start at multiples of 16 bytes."""
-        offset, self.workspace = self.workspace, self.workspace + -(-entries // 4) * 4
-        return offset
+        self.counters = self.largest = 0
 
     def add(self, number: int) -> None:
-        row = dict(zip(FIELDS, self.table.rows[number], strict=True))
-        groups, rows, channels = row["groups"], row["rows"], row["channels"]
-        added = added_fields(self.table, number)
-        taps = added[1]
+        op, row, take = len(self.operators), self.row_of(number), self.take
+        groups, rows, channels, taps = (row[n] for n in ("groups", "rows", "channels", "taps"))
         columns = channels * taps
         phases = math.prod(row[f"stride_{a}"] for a in range(3))
         height = rows_per_tile(rows, columns)
@@ -137,27 +129,24 @@ class _Planner:
         tap_table = len(self.taps)
         self._add_taps(row)
         counter, self.counters = self.counters, self.counters + groups + 1
-        z = self._take(groups * 8 * columns)
+        z = take(groups * 8 * columns)
         values = {
             "phases": phases, "tap_table": tap_table * TAP_WIDTH.value,
             "root_table": self._roots(grid), "grid_0": grid[0], "grid_1": grid[1],
             "grid_2": grid[2], "tiles": tiles, "blocks": blocks, "counter": counter, "z": z,
-            "z_scaled": z if row["column_scale"] < 0 else self._take(groups * 8 * columns),
-            "z_centre": self._take(groups * 8 * rows) if row["identity"] else -1,
-            "product": self._take(groups * 8 * rows), "image": self._take(groups * 8 * rows),
-            "carried": self._take(groups * 8 * rows), "exponents": self._take(groups * tiles),
-            "partials": self._take(groups * tiles * 8 * columns),
-            "adjoint": self._take(groups * 8 * columns),
-            "responses": self._take(groups * (blocks + 1) * 8 * taps),
-            "turned": self._take(groups * 8 * taps),
-            "scratch": self._take(groups * 2 * SCRATCH_SIZE),
-            "fresh": self._take(groups * 8 * phases * channels),
-            "lengths": self._take(groups * CANDIDATES), "values": self._take(groups * CANDIDATES),
+            "z_scaled": z if row["column_scale"] < 0 else take(groups * 8 * columns),
+            "z_centre": take(groups * 8 * rows) if row["identity"] else -1,
+            "product": take(groups * 8 * rows), "image": take(groups * 8 * rows),
+            "carried": take(groups * 8 * rows), "exponents": take(groups * tiles),
+            "partials": take(groups * tiles * 8 * columns),
+            "adjoint": take(groups * 8 * columns),
+            "responses": take(groups * (blocks + 1) * 8 * taps),
+            "turned": take(groups * 8 * taps),
+            "scratch": take(groups * 2 * SCRATCH_SIZE),
+            "fresh": take(groups * 8 * phases * channels),
+            "lengths": take(groups * CANDIDATES), "values": take(groups * CANDIDATES),
         }  # fmt: skip
-        op = len(self.operators)
-        self.operators.append(
-            [*self.table.rows[number], *added, *(values[name] for name in SYMBOL_FIELDS)]
-        )
+        self.describe(row, values)
         for g in range(groups):
             self.vectors += [[op, g, f] for f in range(CANDIDATES)]
             self.blocks += [[op, g, b] for b in range(blocks)]
@@ -207,14 +196,10 @@ class _Planner:
         return self.root_offsets[key]
 
     def finished(self) -> SymbolWork:
-        # Long tiles first, so that no program is left alone at the end.
-        tiles = [item for _, item in sorted(self.tiles, key=lambda pair: -pair[0])]
-        items = [torch.tensor(x, dtype=torch.int32) for x in (
-            self.vectors, tiles, self.blocks, self.readings,
-        )]  # fmt: skip
         return SymbolWork(
-            torch.tensor(self.operators, dtype=torch.int64),
-            torch.tensor(self.taps, dtype=torch.int32),
-            torch.tensor(self.roots, dtype=torch.float32), *items, self.workspace, self.counters,
+            self.descriptors(), int32_table(self.taps, TAP_WIDTH.value),
+            torch.tensor(self.roots, dtype=torch.float32), int32_table(self.vectors, 3),
+            int32_table(longest_first(self.tiles), 5), int32_table(self.blocks, 3),
+            int32_table(self.readings, 3), self.workspace, self.counters,
             max(1, self.largest.bit_length()),
         )  # fmt: skip
