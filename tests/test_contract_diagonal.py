@@ -213,9 +213,15 @@ def test_a_scale_per_entry_stays_with_the_reference(provider: Provider) -> None:
     "provider", [p for p in PROVIDERS if p.backend != "triton"], ids=lambda p: p.backend
 )
 @pytest.mark.parametrize(
-    ("field", "value"), [("kind", 3), ("rows", 0), ("rows", 6), ("row_scale", 1), ("row_scale", -1)]
-)
-def test_a_row_outside_the_scales_is_refused(provider: Provider, field: str, value: int) -> None:
+    ("field", "value", "named"),
+    [
+        ("kind", 3, "kind"), ("groups", 0, "groups"), ("rows", 0, "row_scale"),
+        ("rows", 6, "row_scale"), ("row_scale", 1, "row_scale"), ("row_scale", -1, "row_scale"),
+    ],
+)  # fmt: skip
+def test_a_row_outside_the_scales_is_refused(
+    provider: Provider, field: str, value: int, named: str
+) -> None:
     """By the compiled cores, which others call as well."""
     network = CASES["factor"]
     plan = network.plan("operator", provider.backend)
@@ -223,7 +229,7 @@ def test_a_row_outside_the_scales_is_refused(provider: Provider, field: str, val
     row[FIELDS.index(field)] = value
     table = replace(plan.table, rows=(tuple(row),))
     module = backends.backend_module(provider.backend)
-    with pytest.raises(ValueError, match=f"rows.{field if field == 'kind' else 'row_scale'}"):
+    with pytest.raises(ValueError, match=f"rows.{named}"):
         module.spectral_step(table, network.values(plan), torch.zeros(0), update=True)
 
 
