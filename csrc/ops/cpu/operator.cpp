@@ -9,18 +9,11 @@
 #include <cstring>
 #include <limits>
 
-#include "ops/cpu/convolution.h"
 #include "ops/cpu/task_list.h"
+#include "ops/cpu/waves.h"
 
 namespace lmtfast::cpu {
 namespace {
-
-// Weights and packed vectors of a wave.
-constexpr int64_t kWaveBytes = int64_t{32} << 20;
-constexpr int64_t kChunk = 1 << 14;
-// Multiply-adds that pay for waking a thread, and tasks per thread of a stage.
-constexpr int64_t kGrain = 1 << 21;
-constexpr int64_t kTasksPerThread = 8;
 
 // Vectors of one side of a stencil, as lines of equal length.
 struct Side {
@@ -94,12 +87,12 @@ class Step {
       const lmtfast_op_row& row = step.network.rows[i];
       const Convolution op(row, step.tensors[row.weight_slot], step.saved);
       powers_.emplace_back(op, i, step.saved + row.saved_offset);
+      waves_.add(op, panel_floats(op, kernels));
     }
-    plan_waves();
   }
 
   void run() {
-    const size_t waves = waves_.size() - 1;
+    const size_t waves = waves_.count();
     int64_t work = 0, memory = 0;
     for (const Power& p : powers_) {
       work += p.op.multiply_adds() * (moves() ? 2 : 1);
@@ -127,9 +120,10 @@ class Step {
         add_lines(tasks, Stage::kTurn, i, p.image_side());
         if (!moves()) add_lines(tasks, Stage::kKeep, i, p.vector_side());
       });
-      used_ = 0;
-      for_wave(s, [&](Power& p, size_t i) {
-        place(p, s % 2);
+      waves_.place(s, [&](size_t i, float* planes, float* panels) {
+        Power& p = powers_[i];
+        p.planes = planes;
+        p.panels = panels;
         add_lines(tasks, Stage::kEnter, i, p.vector_side());
       });
       workers.run(tasks, execute);
@@ -150,49 +144,12 @@ class Step {
   bool moves() const { return step_.new_state != nullptr; }
   float* back(const Power& p) const { return step_.new_state + p.op.row.state_offset; }
 
-  int64_t packed_floats(const Power& p) const {
-    return plane_floats(p.op) + panel_floats(p.op, kernels_);
-  }
-
-  void plan_waves() {
-    int64_t bytes = kWaveBytes, packed = 0, largest[2] = {0, 0};
-    for (size_t i = 0; i < powers_.size(); ++i) {
-      const int64_t floats = packed_floats(powers_[i]);
-      const int64_t needed = 4 * (floats + powers_[i].op.weight_entries());
-      if (bytes + needed > kWaveBytes) {
-        waves_.push_back(i);
-        bytes = packed = 0;
-      }
-      bytes += needed;
-      packed += floats;
-      int64_t& most = largest[(waves_.size() - 1) % 2];
-      most = std::max(most, packed);
-    }
-    waves_.push_back(powers_.size());
-    for (int parity : {0, 1}) {
-      memory_[parity].reset(new float[static_cast<size_t>(largest[parity])]);
-    }
-  }
-
-  // Calls body for every operator of a wave; there is none before the first or after the last.
+  // Calls body for every operator of a wave.
   template <class Body>
   void for_wave(size_t wave, Body&& body) {
-    if (wave >= waves_.size() - 1) return;
-    for (size_t i = waves_[wave]; i < waves_[wave + 1]; ++i) body(powers_[i], i);
+    waves_.each(wave, [&](size_t i) { body(powers_[i], i); });
   }
 
-  // Gives an operator its packed vectors, behind those of the wave's operators before it.
-  void place(Power& p, size_t parity) {
-    float* memory = memory_[parity].get() + used_;
-    const int64_t planes = plane_floats(p.op), panels = panel_floats(p.op, kernels_);
-    if (planes > 0) {
-      std::memset(memory, 0, kSlack * sizeof(float));
-      std::memset(memory + planes - kSlack, 0, kSlack * sizeof(float));
-    }
-    p.planes = memory + kSlack;
-    p.panels = memory + planes + kSlack;
-    used_ += planes + panels;
-  }
   void add_products(std::vector<Task>& tasks, size_t stage, int64_t wanted) {
     int64_t work = 0;
     const auto count = [&](Power& p, size_t) { work += p.op.multiply_adds(); };
@@ -288,9 +245,7 @@ class Step {
   const SpectralStep& step_;
   const ConvolutionKernels& kernels_;
   std::vector<Power> powers_;
-  std::vector<size_t> waves_;  // first operator of each, then their number
-  std::unique_ptr<float[]> memory_[2];
-  int64_t used_ = 0;
+  Waves waves_;
 };
 
 }  // namespace

@@ -8,9 +8,6 @@
 namespace lmtfast::cpu {
 namespace {
 
-constexpr int64_t kGrain = 1 << 21;
-constexpr int64_t kTasksPerThread = 8;
-
 // y = A x of the stencil, or its adjoint.
 void apply(const Convolution& op, bool forward, const float* x, float* y, int64_t threads) {
   const ConvolutionKernels& kernels = convolution_kernels(best_isa());

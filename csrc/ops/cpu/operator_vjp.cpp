@@ -2,17 +2,12 @@
 // Gradient of the `operator` engine: dW = row scale * column scale * (u v^T seen through the
 // stencil), and its sums against W for the scales. Operators that share a weight follow one another.
 #include <algorithm>
-#include <cstring>
 
-#include "ops/cpu/convolution.h"
 #include "ops/cpu/task_list.h"
+#include "ops/cpu/waves.h"
 
 namespace lmtfast::cpu {
 namespace {
-
-constexpr int64_t kWaveBytes = int64_t{32} << 20;
-constexpr int64_t kChunk = 1 << 14;
-constexpr int64_t kGrain = 1 << 21;
 
 // An operator's gradient during a call.
 struct Outer {
@@ -54,10 +49,12 @@ class Vjp {
       levels[level].push_back(i);
     }
     for (const std::vector<int64_t>& level : levels) {
-      waves_.push_back(outers_.size());
-      for (const int64_t i : level) add(i);
+      for (const int64_t i : level) {
+        add(i);
+        const Convolution& op = outers_.back().op;
+        waves_.add(op, tile_floats(op, kernels_), i == level.front());
+      }
     }
-    split_waves();
   }
 
   void run() {
@@ -67,16 +64,17 @@ class Vjp {
       memory = std::max(memory, workspace_floats(o.op, kernels_));
     }
     Workers workers(choose_threads(vjp_.threads, work, kGrain), memory);
-    const size_t waves = waves_.size() - 1;
+    const size_t waves = waves_.count();
     for (size_t s = 0; s <= waves; ++s) {
       // Wave s is packed while wave s - 1 multiplies.
       std::vector<Task> tasks;
       for_wave(s - 1, [&](Outer& o) {
         for (const Block& b : o.blocks) tasks.push_back({Stage::kGradient, &o, b});
       });
-      used_ = 0;
-      for_wave(s, [&](Outer& o) {
-        place(o, s % 2);
+      waves_.place(s, [&](size_t i, float* planes, float* tiles) {
+        Outer& o = outers_[i];
+        o.planes = planes;
+        o.tiles = tiles;
         add_lines(tasks, Stage::kPlanes, o, o.op.row.groups * o.op.row.channels, o.op.inputs());
         add_lines(tasks, Stage::kTiles, o, row_tiles(o.op, kernels_),
                   o.op.outputs() * kernels_.tile_rows);
@@ -122,51 +120,9 @@ class Vjp {
   }
   static int64_t column_block(const Block& b) { return b.begin / kGradientColumns; }
 
-  int64_t packed_floats(const Outer& o) const {
-    return plane_floats(o.op) + tile_floats(o.op, kernels_);
-  }
-
-  // Cuts the levels further, by memory.
-  void split_waves() {
-    const std::vector<size_t> levels = std::move(waves_);
-    waves_.clear();
-    int64_t bytes = 0, packed = 0, largest[2] = {0, 0};
-    for (size_t i = 0, level = 0; i < outers_.size(); ++i) {
-      const int64_t floats = packed_floats(outers_[i]);
-      const int64_t needed = 4 * (floats + outers_[i].op.weight_entries());
-      const bool starts = level < levels.size() && levels[level] == i;
-      if (starts) ++level;
-      if (starts || bytes + needed > kWaveBytes) {
-        waves_.push_back(i);
-        bytes = packed = 0;
-      }
-      bytes += needed;
-      packed += floats;
-      int64_t& most = largest[(waves_.size() - 1) % 2];
-      most = std::max(most, packed);
-    }
-    waves_.push_back(outers_.size());
-    for (int parity : {0, 1}) {
-      memory_[parity].reset(new float[static_cast<size_t>(largest[parity])]);
-    }
-  }
-
   template <class Body>
   void for_wave(size_t wave, Body&& body) {
-    if (wave >= waves_.size() - 1) return;
-    for (size_t i = waves_[wave]; i < waves_[wave + 1]; ++i) body(outers_[i]);
-  }
-
-  void place(Outer& o, size_t parity) {
-    float* memory = memory_[parity].get() + used_;
-    const int64_t planes = plane_floats(o.op);
-    if (planes > 0) {
-      std::memset(memory, 0, kSlack * sizeof(float));
-      std::memset(memory + planes - kSlack, 0, kSlack * sizeof(float));
-    }
-    o.planes = memory + kSlack;
-    o.tiles = memory + planes + kSlack;
-    used_ += packed_floats(o);
+    waves_.each(wave, [&](size_t i) { body(outers_[i]); });
   }
 
   void add_lines(std::vector<Task>& tasks, Stage stage, Outer& o, int64_t lines, int64_t length) {
@@ -216,9 +172,7 @@ class Vjp {
   const SpectralVjp& vjp_;
   const ConvolutionKernels& kernels_;
   std::vector<Outer> outers_;
-  std::vector<size_t> waves_;  // first operator of each, then their number
-  std::unique_ptr<float[]> memory_[2];
-  int64_t used_ = 0;
+  Waves waves_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // Lists of independent tasks on a fixed number of workers, each with memory of its own.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -10,6 +11,12 @@
 #include "core/parallel.h"
 
 namespace lmtfast::cpu {
+
+// Multiply-adds that pay for waking a thread, tasks per thread of a list of products, and entries of
+// a task that goes through vectors.
+constexpr int64_t kGrain = 1 << 21;
+constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kChunk = 1 << 14;
 
 class Workers {
  public:
