@@ -166,6 +166,12 @@ class ProgramWalk:
         )  # fmt: skip
         if rule is None:
             raise call.unsupported("there is no rule for it")
+        for argument in node.target._schema.arguments:
+            literal = arguments.get(argument.name)
+            # Sizes and indices may be larger; what is computed with is held as a float64.
+            counts = "int" in str(argument.type)
+            if isinstance(literal, int) and not counts and float(literal) != literal:
+                raise call.unsupported(f"the integer {literal}, which is no float64")
         if sum(map(_is_traced, arguments.values())) > 1 and target in SINGLE:
             raise call.unsupported("more than one argument depends on the input")
         result = rule(call)

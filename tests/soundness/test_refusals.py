@@ -274,6 +274,28 @@ class Both(nn.Module):
         return x * y
 
 
+LITERALS = {
+    "sum": lambda x, n: (x + n) - 2**53, "difference": lambda x, n: n - x,
+    "weighted sum": lambda x, n: torch.add(x, x.relu(), alpha=n),
+    "product": lambda x, n: x * n, "quotient": lambda x, n: x / n,
+    "limit": lambda x, n: torch.clamp(x, min=n) - 2**53, "slope": lambda x, n: F.leaky_relu(x, n),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_an_integer_that_is_no_float_is_refused(name: str) -> None:
+    """Its float64 is smaller, and so would be a product's constant, or a sum's exact value."""
+    module = fn(lambda m, x: LITERALS[name](x, -(2**53) - 1)).eval()
+    with pytest.raises(UnsupportedLayerError, match="no float64"):
+        lf.trace(module, (3,))
+    exact = lf.certified_bound(fn(lambda m, x: LITERALS[name](x, 2**53)).eval(), (3,))
+    assert exact.total >= {"product": 2.0**53, "slope": 2.0**53}.get(name, 0.0)
+
+
+def test_ends_of_slices_may_be_larger_than_any_size() -> None:
+    assert lf.certified_bound(fn(lambda m, x: x[:, 1 : 2**62 + 1]).eval(), (3,)).total >= 1.0
+
+
 @pytest.mark.usefixtures("registries")
 def test_a_registered_module_counts_once_per_call() -> None:
     lf.register_rule(Own)(lambda module: 3.0)
