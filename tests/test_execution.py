@@ -27,6 +27,7 @@ from lmtfast.errors import (
     NotCertifiedError,
     TrainModeError,
 )
+from lmtfast.execution.recursion import _Recursion
 from lmtfast.models import run
 from lmtfast.profiles import PROFILES, REFUSED, get_profile, profile_of
 from lmtfast.tables import certificate_table
@@ -282,6 +283,20 @@ def test_executed_radii_are_finite_even_of_constant_networks() -> None:
             semantics=profile.semantics,
         )  # fmt: skip
         assert 0.0 < found.prediction_radius[0] < profile.largest
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_gains_of_batch_norms_are_those_of_their_formula(affine: bool) -> None:
+    """A variance as small as what is added to it, so that the sign of that is seen."""
+    arrays = {"v": np.array([0.25, 0.0, 3.0]), "w": np.array([1.5, -0.3, 7.0])}
+    step = {"variance": {"array": "v"}, "weight": {"array": "w"} if affine else None,
+            "eps": (0.25).hex()}  # fmt: skip
+    found = _Recursion(arrays, [], PROFILES["fp32a64"], 1.0)._ref(step).tolist()
+    for gain, variance, weight in zip(found, arrays["v"], arrays["w"], strict=True):
+        square = Fraction(float(weight) if affine else 1.0) ** 2
+        ratio = Fraction(gain) ** 2 * (Fraction(float(variance)) + Fraction(1, 4)) / square
+        assert abs(ratio - 1) < Fraction(1, 2**49)
+        assert (gain < 0) == (affine and weight < 0)
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmtfast import check
+from lmtfast import check, check_execution
 
 U = Fraction(1, 2**53)
 NEAR = 1 + Fraction(1, 10**9)
@@ -291,3 +291,21 @@ def test_what_is_accepted_at_the_last_digit_holds(seed: int) -> None:
                 accepted[1] += 1
                 assert Fraction(radius) < limit
     assert min(accepted) > 150
+
+
+@pytest.mark.parametrize("name", ["terms", "rounded", "entries", "norm"])
+def test_a_step_counts_in_whole_numbers_from_zero(name: str) -> None:
+    """One rounding less than none would take an error back."""
+    assert all(check_execution.sensible({name: n}) for n in (None, 0, 1, 2**40))
+    assert not any(check_execution.sensible({name: n}) for n in (-1, -2, 1.0, True, "1", [1]))
+
+
+@pytest.mark.parametrize("name", ["factor", "constant", "zero", "value", "argument", "absolute"])
+def test_no_number_of_a_step_lowers_an_error(name: str) -> None:
+    least = 5e-324
+    assert all(check_execution.sensible({name: x.hex()}) for x in (0.0, least, 3.0, math.inf))
+    for bad in (-least, -1.0, -math.inf, math.nan):
+        assert not check_execution.sensible({name: bad.hex()})
+        assert not check_execution.sensible({"shifts": [["a", least.hex()], ["b", bad.hex()]]})
+        assert not check_execution.sensible({"before": ["a", bad.hex()]})
+    assert check_execution.sensible({"shifts": [["a", least.hex()]], "before": ["a", (1.0).hex()]})

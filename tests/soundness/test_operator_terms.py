@@ -119,7 +119,7 @@ def test_both_halves_of_a_symmetric_residual_count(order: int) -> None:
     assert squared(whole) <= found <= squared(whole) * NEAR
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**500])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**500, -(2.0**500)])
 def test_absurd_residuals_prove_nothing(bad: float) -> None:
     work = torch.eye(3, dtype=torch.float64)
     work[2, 0] = bad
@@ -316,3 +316,9 @@ def test_the_moment_bound_is_its_formula(
 def test_the_constants_of_the_moment_bound() -> None:
     assert _DRAW_ERROR >= 2.0**-46
     assert PRODUCT_ERROR >= 2.0**-35
+
+
+def test_the_constants_of_the_symbol() -> None:
+    """A product of complex floats errs by the root of five units (Brent, Percival, Zimmermann)."""
+    assert Fraction(_MULTIPLY_ERROR) ** 2 >= 5 * U**2
+    assert Fraction(_PHASE_ERROR) >= 2 * U

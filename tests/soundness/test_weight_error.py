@@ -21,6 +21,7 @@ from lmtfast.graph import (
     Call,
     ChannelScale,
     Conv,
+    Copy,
     Linear,
     ParameterRef,
     Region,
@@ -219,7 +220,8 @@ def test_factors_count_as_often_as_they_are_met() -> None:
     )
     assert in_range(region(dense(1, 2, row_scales=ROWS)), weights)
     assert not in_range(region(two), weights)
-    assert not in_range(region(replace(dense(1, 2, row_scales=ROWS), gain=2.0**500)), weights)
+    for gain in (2.0**500, -(2.0**500)):
+        assert not in_range(region(replace(dense(1, 2, row_scales=ROWS), gain=gain)), weights)
     scale = Scale("factor", (1,), (1,), R, (1,), gain=2.0**500)
     assert not in_range(region(scale), weights)
     assert in_range(region(replace(scale, gain=1.0)), weights)
@@ -262,3 +264,47 @@ def test_regions_are_applied_as_materialised() -> None:
         x = torch.randn(2, *op.in_shape, dtype=torch.float64)
         image = region_apply(region(op), weights, x).flatten(1)
         torch.testing.assert_close(image, x.flatten(1) @ materialise(region(op), weights).mT)
+
+
+def chained(*ops: Any) -> Region:
+    nodes = tuple(RegionNode(op, (i - 1,)) for i, op in enumerate(ops))
+    return Region("chain", ops[0].in_shape, ops[-1].out_shape, nodes)
+
+
+def test_factors_below_zero_count_by_their_size() -> None:
+    """Uneven rows and columns, of which the smallest would be taken for the largest."""
+    op = dense(4, 4)
+    uneven = torch.tensor([1.0, 2.0, 3.0, 9.0], dtype=torch.float64)
+    weights = Leaves({W: torch.outer(uneven, uneven), R: -uneven})
+    scale = Scale("factor", (4,), (4,), R, (4,), gain=0.5)
+    mean = Average("sum", (4,), (1,), Call("aten.sum.dim_IntList", (INPUT, [1], True)), 2.0, 0.5)
+    for last in (scale, mean, replace(op, gain=0.5)):
+        found = applying_error_up(chained(op, last), weights)
+        assert found == applying_error_up(chained(op, replace(last, gain=-0.5)), weights)
+        exact = weight_error.absolute(chained(op, replace(last, gain=-0.5)), weights)
+        size = materialise(*exact)
+        assert bool((size >= 0.0).all())
+        assert never_below(size, found / float(gamma(4)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 40])
+def test_every_sum_of_a_long_region_counts(count: int) -> None:
+    """x added to itself again and again: count roundings of an identity times count + 1."""
+    nodes = [RegionNode("add", (-1, -1))]
+    nodes += [RegionNode("add", (i, -1)) for i in range(count - 1)]
+    long = Region("long", (3,), (3,), tuple(nodes))
+    found = Fraction(applying_error_up(long, Leaves({})))
+    assert gamma(count) * (count + 1) <= found <= gamma((count + 4) * count) * (count + 2)
+
+
+def test_the_last_axis_is_the_one_that_is_summed() -> None:
+    op = Linear("layer", (2, 30), (2, 5), W)
+    assert depth_of(op) == 30
+    assert weight_error._adjoint_depth(op) == 5
+
+
+@pytest.mark.parametrize("copies", [1, 7])
+def test_the_adjoint_of_copies_adds_them(copies: int) -> None:
+    op = Copy("copy", (3,), (3, copies), Call("aten.expand.default", (INPUT,)), copies, False, True)
+    assert copies - 1 <= weight_error._adjoint_depth(op) <= copies + 2
+    assert 0 <= depth_of(op) <= 2
