@@ -52,6 +52,12 @@ _HOSTILE = "tests/soundness/test_hostile_arithmetic.py"
 _MATRIX = "tests/test_verified_matrix.py"
 _RECURSION = "tests/soundness/test_recursion_terms.py"
 _OPERATORS = "tests/soundness/test_operator_terms.py"
+_ENCLOSURE = "tests/soundness/test_enclosure"
+_NETWORKS = (
+    "tests/soundness/test_hostile_enclosure.py", "tests/test_enclosure.py",
+    "-k", "not tight and not assumed and not tiny",
+)  # fmt: skip
+_REGIONS = "tests/soundness/test_region_matrices.py"
 _NO_TRACES = ("-k", "not estimates_of_operators")
 # What judges a file: the cheapest and most telling first. Slow tests do not take part.
 JUDGES: dict[str, tuple[str, ...]] = {
@@ -62,12 +68,14 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "lmtfast/verified/rounding.py": (_DIRECT, _TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
     "lmtfast/verified/residual.py": (_TERMS, _MATRIX, _HOSTILE, *_NO_TRACES),
     "lmtfast/verified/matrix.py": (_TERMS, _MATRIX, _DIRECT, _HOSTILE, *_NO_TRACES),
-    **dict.fromkeys(
-        (f"lmtfast/enclosure/{name}.py"
-         for name in ("linear", "joining", "registry", "logits", "elementwise")),
-        ("tests/soundness/test_hostile_enclosure.py", "tests/test_enclosure.py",
-         "-k", "not tight and not assumed and not tiny"),
+    "lmtfast/enclosure/joining.py": (f"{_ENCLOSURE}_joins.py", *_NETWORKS),
+    "lmtfast/enclosure/elementwise.py": (f"{_ENCLOSURE}_functions.py", *_NETWORKS),
+    "lmtfast/enclosure/linear.py": (f"{_ENCLOSURE}_linear.py", *_NETWORKS),
+    "lmtfast/enclosure/registry.py": (
+        f"{_ENCLOSURE}_linear.py", f"{_ENCLOSURE}_joins.py", f"{_ENCLOSURE}_functions.py",
+        *_NETWORKS,
     ),
+    "lmtfast/enclosure/logits.py": (f"{_ENCLOSURE}_norms.py", *_NETWORKS),
     "lmtfast/check.py": tuple(
         f"tests/soundness/test_checker_{name}.py"
         for name in ("files", "norms", "proofs", "operators", "terms")
@@ -75,19 +83,24 @@ JUDGES: dict[str, tuple[str, ...]] = {
     # Tests through check.py load the file beside it, so they do not judge a changed one.
     "lmtfast/check_execution.py": (_RECURSION, "tests/soundness/test_checker_terms.py"),
     "lmtfast/execution/recursion.py": (_RECURSION, "tests/test_execution.py"),
-    "lmtfast/verified/arithmetic.py": (_DIRECT, "tests/soundness/test_precision_settings.py"),
+    "lmtfast/verified/arithmetic.py": (
+        "tests/soundness/test_arithmetic_probes.py", _DIRECT,
+        "tests/soundness/test_precision_settings.py",
+    ),
     "lmtfast/verified/weight_error.py": (
         "tests/soundness/test_weight_error.py", "tests/test_verified_banded.py",
     ),
     **dict.fromkeys(
-        (f"lmtfast/verified/{name}.py" for name in ("banded", "convolution", "composite")),
+        (f"lmtfast/verified/{name}.py" for name in ("banded", "convolution")),
         (_OPERATORS, "tests/test_verified_banded.py", _HOSTILE, *_NO_TRACES),
     ),
     **dict.fromkeys(
         (f"lmtfast/verified/{name}.py" for name in ("torus", "polyphase")),
         (_OPERATORS, "tests/test_verified_torus.py", _HOSTILE, *_NO_TRACES),
     ),
-    "lmtfast/verified/dense.py": (_OPERATORS, "tests/test_verified_banded.py"),
+    "lmtfast/verified/composite.py": (
+        _REGIONS, _OPERATORS, "tests/test_verified_banded.py", _HOSTILE, *_NO_TRACES),
+    "lmtfast/verified/dense.py": (_REGIONS, _OPERATORS, "tests/test_verified_banded.py"),
     "lmtfast/verified/moment.py": (
         _OPERATORS, "tests/test_verified_moment.py", "tests/test_draws.py",
     ),
