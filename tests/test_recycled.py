@@ -61,6 +61,17 @@ def test_a_block_takes_a_tensors_layout(layout: torch.memory_format) -> None:
     assert (found.shape, found.stride(), found.dtype) == (like.shape, like.stride(), torch.float32)
 
 
+@pytest.mark.parametrize("entries", [12, LARGE])
+def test_a_block_may_be_modified_in_place(entries: int) -> None:
+    """As memory of its own may: a gradient is scaled by what is learned."""
+    with torch.no_grad():
+        found = Recycled().empty_like(torch.empty(entries // 4, 4)).zero_()
+    scale = torch.ones((), requires_grad=True)
+    found.mul_(scale)
+    assert found.requires_grad
+    assert found.detach_().grad_fn is None
+
+
 def test_a_default_dtype_changes_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

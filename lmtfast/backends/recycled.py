@@ -42,7 +42,8 @@ class Recycled:
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """The same in the shape and the layout of a dense tensor."""
-        return self.empty(tensor.numel()).as_strided(tensor.shape, tensor.stride())
+        # Detached: autograd lets nobody modify a view in place that was made without a graph.
+        return self.empty(tensor.numel()).as_strided(tensor.shape, tensor.stride()).detach()
 
 
 def _block(entries: int) -> Tensor:
