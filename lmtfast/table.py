@@ -23,9 +23,11 @@ from lmtfast.graph import (
     Instruction,
     Linear,
     Operator,
+    Primitive,
     Region,
     Scale,
     WeightRef,
+    leaf_refs,
 )
 
 KINDS = ("composite", "stencil", "diagonal")
@@ -255,6 +257,13 @@ def _diagonal_row(op: Scale, packing: _Packing) -> tuple[int, ...]:
     return tuple(known.get(name, 0) for name in FIELDS)
 
 
+def _scale_refs(op: Primitive | None) -> tuple[WeightRef, ...]:
+    """Tensors by which an operator scales channels."""
+    if isinstance(op, Scale):
+        return leaf_refs(op.ref)
+    return leaf_refs((op.row_scales, op.column_scales)) if isinstance(op, (Conv, Linear)) else ()
+
+
 def build_table(
     operators: Sequence[Operator],
     tape: Sequence[Instruction],
@@ -278,20 +287,26 @@ def build_table(
             if it takes the norms of diagonal maps along.
     """
     packing = _Packing(slots)
+    primitives = [op.primitive if isinstance(op, Region) else None for op in operators]
+    weights = {op.weight for op in primitives if isinstance(op, (Conv, Linear))}
     rows: list[tuple[int, ...]] = []
     numbers: list[int] = []
     seen: dict[tuple[object, ...], int] = {}
     state, saved = 0, 0
     for i, (operator, engine) in enumerate(zip(operators, engines, strict=True)):
+        # Backends write the gradient of a tensor as that of a weight or that of a scale.
+        apart = weights.isdisjoint(_scale_refs(primitives[i]))
         stencil = stencil_of(operator)
         key: tuple[object, ...] = (
             (operator.kind, i) if stencil is None else (operator.kind, stencil)
         )
         numbers.append(seen.setdefault(key, len(seen)))
-        diagonal = diagonal_of(operator) if CLOSED_FORM in compiled else None
+        diagonal = diagonal_of(operator) if apart and CLOSED_FORM in compiled else None
         if diagonal is not None:
             rows.append(_diagonal_row(diagonal, packing))
-        elif stencil is None or engine not in compiled or not runs(operator, stencil):
+        elif (
+            not apart or stencil is None or engine not in compiled or not runs(operator, stencil)
+        ):  # fmt: skip
             rows.append((0,) * len(FIELDS))
         else:
             assert isinstance(operator, Region)

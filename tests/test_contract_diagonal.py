@@ -14,7 +14,7 @@ from lmtfast import backends
 from lmtfast.backends import native_spectral
 from lmtfast.engines.network import spectral_step, spectral_vjp
 from lmtfast.errors import ShapeError
-from lmtfast.graph import BatchNormScale, Conv, ParameterRef, Region, RegionNode
+from lmtfast.graph import BatchNormScale, ChannelScale, Conv, ParameterRef, Region, RegionNode
 from lmtfast.plan import BoundPlan
 from lmtfast.table import CLOSED_FORM, FIELDS
 from tests.spectral_cases import Network, conv, diagonal, diagonals, randn
@@ -194,6 +194,44 @@ def test_operators_run_elsewhere_stay_as_they_are(provider: Provider, engine: st
     assert (grads[0] == 0).all()
     (alone,) = Step(CASES["batch norm"], provider, engine).sigmas
     assert step.sigmas[1] == alone
+
+
+def weights_that_scale() -> dict[str, Network]:
+    """Networks in which one tensor is a weight and a scale."""
+    values = randn(5, 1, 1, 1, seed=6)
+    map_of = conv("depthwise", (5, 1, 1, 1), (3, 3), groups=5).regions[0].primitive
+    assert isinstance(map_of, Conv)
+    op = replace(map_of, weight=WEIGHT)
+    own = replace(op, row_scales=(ChannelScale(WEIGHT),))
+    plain, scaled = (
+        Network([Region("map", o.in_shape, o.out_shape, (RegionNode(o, (-1,)),))], {WEIGHT: values})
+        for o in (op, own)
+    )
+    alone = diagonal("alone", {}, WEIGHT, 5)
+    return {"before": plain + alone, "after": alone + plain, "own": scaled}
+
+
+@each_engine
+@pytest.mark.parametrize("case", weights_that_scale())
+def test_a_weight_that_scales_as_well(provider: Provider, engine: str, case: str) -> None:
+    """Whichever comes first: its gradient is that of all uses."""
+    network = weights_that_scale()[case]
+    mine, reference = (Step(network, p, engine) for p in (provider, None))
+    torch.testing.assert_close(mine.sigmas, reference.sigmas, rtol=1e-5, atol=0.0)
+    grad = randn(len(network.regions), seed=3)
+    assert_same_gradients(mine.vjp(grad), reference.vjp(grad), rtol=1e-3, atol=1e-4)
+
+
+@each_provider
+def test_gradients_may_be_modified_in_place(provider: Provider) -> None:
+    """Which autograd allows nobody with a view that was made without a graph."""
+    step = Step(CASES["one variance twice"], provider, "operator")
+    with torch.no_grad():
+        grads = step.vjp(torch.ones(3))
+    assert grads
+    for g in grads:
+        assert g is not None
+        assert not g._is_view()
 
 
 @each_provider

@@ -165,7 +165,8 @@ def spectral_vjp(
             found.append(torch.zeros_like(tensor))
         else:
             part = gradients[offset : offset + view.numel() * view.element_size()]
-            grad = part.view(view.dtype).as_strided(view.shape, view.stride())
+            # Detached: autograd lets nobody modify a view in place that was made without a graph.
+            grad = part.view(view.dtype).as_strided(view.shape, view.stride()).detach()
             found.append(grad.to(tensor.dtype))
     return found
 
