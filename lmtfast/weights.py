@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmtfast.errors import StalePlanError
+from lmtfast.errors import NotCertifiedError, StalePlanError
 from lmtfast.graph import (
     BatchNormScale,
     ChannelScale,
@@ -21,6 +21,9 @@ from lmtfast.graph import (
     ParameterRef,
     WeightRef,
 )
+
+# Beyond it not every integer is a float64.
+LARGEST_INTEGER = 2**53
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -68,7 +71,8 @@ class Weights:
 
     Args:
         tensors: Parameters and buffers by qualified name.
-        dtype: If given, every floating tensor is converted to it first (float64 when certifying).
+        dtype: If given, every floating tensor is converted to it first (float64 when certifying;
+            then integers beyond 2^53 are refused).
         batch_variance: Variances to use instead of running ones, by batch-norm module name.
     """
 
@@ -105,7 +109,11 @@ class Weights:
             return tensor
         if tensor.is_complex():
             return tensor.to(self._dtype.to_complex())
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            return tensor.to(self._dtype)
+        if self._dtype == torch.float64:
+            _require_floats(tensor)
+        return tensor
 
     def _resolve(self, ref: WeightRef) -> Tensor:
         if isinstance(ref, ParameterRef):
@@ -142,6 +150,18 @@ class Weights:
         if not value.is_floating_point():
             value = value.to(self._dtype or torch.get_default_dtype())
         return value.reciprocal() if scale.inverse else value
+
+
+def _require_floats(tensor: Tensor) -> None:
+    """Refuse integers that float64, in which they are computed with, may not hold."""
+    if tensor.dtype == torch.uint64 or (
+        tensor.dtype == torch.int64
+        and not torch.equal(tensor.clamp(-LARGEST_INTEGER, LARGEST_INTEGER), tensor)
+    ):
+        raise NotCertifiedError(
+            "integers of modulus up to 2^53", f"{tensor.dtype} of shape {tuple(tensor.shape)}",
+            "a buffer or constant", "store it as float64, or as smaller integers",
+        )  # fmt: skip
 
 
 def constant_tensor(ref: ConstantRef) -> Tensor:

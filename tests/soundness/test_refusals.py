@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmtfast as lf
-from lmtfast.errors import ArgumentError, LmtfastError, UnsupportedLayerError
+from lmtfast.errors import (
+    ArgumentError,
+    LmtfastError,
+    NotCertifiedError,
+    UnsupportedLayerError,
+)
 from lmtfast.rules.registry import MODULE_RULES, OPERATION_RULES
 from tests.cases import Lambda, sampled
 from tests.oracles import rayleigh_exceeds
@@ -290,6 +295,33 @@ def test_an_integer_that_is_no_float_is_refused(name: str) -> None:
         lf.trace(module, (3,))
     exact = lf.certified_bound(fn(lambda m, x: LITERALS[name](x, 2**53)).eval(), (3,))
     assert exact.total >= {"product": 2.0**53, "slope": 2.0**53}.get(name, 0.0)
+
+
+TENSORS = {
+    "product": lambda x, n: x * n, "limit": lambda x, n: torch.maximum(x, n) - 2.0**53,
+    "sum": lambda x, n: (x + n) - 2.0**53, "cast": lambda x, n: torch.maximum(x, n.double()),
+    "weight": lambda x, n: F.linear(x.double(), n.expand(3, 3).double()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("n", [2**53 + 1, -(2**53) - 1, 2**63 - 1, 2**53, -(2**53)])
+def test_integer_tensors_beyond_the_floats_are_refused(name: str, kept: bool, n: int) -> None:
+    """Buffers and constants alike: a limit was enclosed wrongly, with an error of zero."""
+    values = torch.tensor([n, 1, 0])
+    module = fn(lambda m, x: TENSORS[name](x, m.n)).eval()
+    if kept:
+        module.register_buffer("n", values)
+    else:
+        module.n = values
+    subject = module, [torch.zeros(1, 3)]
+    if abs(n) > 2**53:
+        with pytest.raises(NotCertifiedError, match="up to 2.53"):
+            lf.certify(*subject, input_shape=(3,), input_range=(0.0, 1.0))
+    else:
+        found = lf.certify(*subject, input_shape=(3,), input_range=(0.0, 1.0))
+        assert found.logits.shape == (1, 3)
 
 
 def test_ends_of_slices_may_be_larger_than_any_size() -> None:
