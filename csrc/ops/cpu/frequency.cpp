@@ -191,13 +191,19 @@ Spectrum::Spectrum(const lmtfast_op_row& row) : axes_(row.axes) {
   while (volume(grid_) > kMaxPoints && *largest() > kFewPoints) *largest() = (*largest() + 1) / 2;
   for (int axis = 0; axis < kAxes; ++axis) {
     const Axis a(row, axis);
+    const int64_t points = grid_[axis];
+    std::vector<double> cosine(points), sine(points);
+    for (int64_t i = 0; i < points; ++i) {
+      const double angle = -kTurn * static_cast<double>(i) / static_cast<double>(points);
+      cosine[i] = std::cos(angle);
+      sine[i] = std::sin(angle);
+    }
     for (int64_t tap = 0; tap < kernel_[axis]; ++tap) {
-      along_[axis].push_back(a.offset(tap));
-      for (int64_t point = 0; point < grid_[axis]; ++point) {
-        const double angle = -kTurn * static_cast<double>(point) /
-                             static_cast<double>(grid_[axis]) * static_cast<double>(a.offset(tap));
-        cosine_[axis].push_back(std::cos(angle));
-        sine_[axis].push_back(std::sin(angle));
+      const int64_t offset = a.offset(tap), step = offset - floor_div(offset, points) * points;
+      along_[axis].push_back(offset);
+      for (int64_t point = 0, i = 0; point < points; ++point, i = (i + step) % points) {
+        cosine_[axis].push_back(cosine[i]);
+        sine_[axis].push_back(sine[i]);
       }
     }
   }

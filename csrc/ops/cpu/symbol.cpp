@@ -114,23 +114,14 @@ void respond(const SymbolRun& run, const SymbolPart& part, Complex* response) {
 // A(w)^H u of all candidates at x[f] (P C, 2), over the power of two of the sums, which it turns.
 void gather(SymbolRun& run, const SymbolPart& part, const Complex* terms, float* const* x) {
   const SymbolOperator& op = run.ops[part.op];
-  const int64_t channels = op.row->channels, n_taps = op.spectrum.taps();
+  const int64_t channels = op.row->channels;
   float* sums = run.tiles[part.first_tile].sums;
   Buffer<float> line(op.blocks * kBlock), turns(op.period * kPanelBlock);
   op.repeat_terms(terms, turns.data());
   panel_kernels(best_isa()).rotate(turns.data(), op.period, true, op.blocks, sums);
   for (int k = 0; k < kPanelColumns; ++k) {
-    float* out = x[k / 2] + k % 2;
     read_column(sums, op.blocks, k, line.data());
-    for (int64_t i = 0; i < op.width; ++i) out[2 * i] = 0.0f;
-    for (int64_t t = 0; t < n_taps; ++t) {
-      const float* from = line.data() + op.at(0, t);
-      float* to = out + 2 * op.spectrum.phase(t) * channels;
-      for (int64_t c = 0; c < channels; ++c) to[2 * c] += from[c * op.channel_step];
-    }
-    for (int64_t i = 0; i < op.width && op.column_scale; ++i) {
-      out[2 * i] *= op.column_scale[part.group * channels + i % channels];
-    }
+    op.collect(line.data(), op.column_scale_of(part.group), x[k / 2] + k % 2);
   }
   const Complex& e = terms[op.centre];
   for (int64_t c = 0; c < channels && part.centre; ++c) {
@@ -234,22 +225,22 @@ void record(const SymbolRun& run, const SymbolOperator& op) {
   SymbolSaved saved(*op.row, run.call.saved);
   *saved.group = static_cast<float>(best->group);
   for (int64_t r = 0; r < op.row->rows; ++r) {
-    double y[kPanelColumns];
-    image(run, *best, r, y);
     for (int part = 0; part < 2; ++part) {
       const int k = 2 * winner + part;
-      saved.u[2 * r + part] = static_cast<float>(y[k] / (sigma == 0.0 ? 1.0 : sigma));
+      const double y = image_entry(run, *best, r, k);
+      saved.u[2 * r + part] = static_cast<float>(y / (sigma == 0.0 ? 1.0 : sigma));
       saved.p[2 * r + part] = best->images[r * kPanelColumns + k];
     }
   }
-  for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
-    const float* x = best->x + 2 * (winner * op.width + op.spectrum.phase(t) * op.row->channels);
-    const float er = static_cast<float>(best->terms[t].re[winner]);
-    const float ei = static_cast<float>(best->terms[t].im[winner]);
-    for (int64_t c = 0; c < op.row->channels; ++c) {
-      float* z = saved.z + 2 * (c * op.spectrum.taps() + t);
-      z[0] = er * x[2 * c] - ei * x[2 * c + 1];
-      z[1] = er * x[2 * c + 1] + ei * x[2 * c];
+  float* z = saved.z;
+  for (int64_t c = 0; c < op.row->channels; ++c) {
+    for (int64_t t = 0; t < op.spectrum.taps(); ++t, z += 2) {
+      const float* x =
+          best->x + 2 * (winner * op.width + op.spectrum.phase(t) * op.row->channels + c);
+      const float er = static_cast<float>(best->terms[t].re[winner]);
+      const float ei = static_cast<float>(best->terms[t].im[winner]);
+      z[0] = er * x[0] - ei * x[1];
+      z[1] = er * x[1] + ei * x[0];
     }
   }
 }

@@ -43,11 +43,18 @@ struct SymbolOperator {
   const void* weight_at(int64_t first) const {
     return static_cast<const char*>(weight->data) + first * weight_bytes();
   }
+  const float* column_scale_of(int64_t group) const {
+    return column_scale ? column_scale + group * row->channels : nullptr;
+  }
   void copy_weights(int64_t first, int64_t n, float* to) const;
   // From a number per tap to one per entry of a weight row, `period` blocks of them, and the sums
   // over entries of the same tap.
   void repeat_terms(const Complex* terms, float* panel) const;
   void sum_taps(const float* panel, Complex* terms) const;
+  // From an iterate (P C, 2), its real or its imaginary parts, to the entries of a weight row that
+  // read them, and back as sums over the taps. `line` has a block of slack.
+  void spread(const float* x, const float* scale, float* line) const;
+  void collect(const float* line, const float* scale, float* x) const;
 };
 
 // Where a step keeps what the gradient needs (csrc/ops/spectral.h).
@@ -97,7 +104,13 @@ void prepare(const SymbolRun& run, SymbolPart& part);
 // Both products with a tile's rows, a block of rows at a time while it is in the cache.
 void pass(const SymbolRun& run, SymbolTile& tile);
 
-// y = diag(row scale) p + identity * (centre of z), at one row.
+// y = diag(row scale) p + identity * (centre of z), at one row: column k, or all of them.
+inline double image_entry(const SymbolRun& run, const SymbolPart& part, int64_t r, int k) {
+  const SymbolOperator& op = run.ops[part.op];
+  const double scale = op.row_scale ? op.row_scale[part.group * op.row->rows + r] : 1.0;
+  const double y = scale * static_cast<double>(part.images[r * kPanelColumns + k]);
+  return part.centre ? y + static_cast<double>(part.centre[r * kPanelColumns + k]) : y;
+}
 void image(const SymbolRun& run, const SymbolPart& part, int64_t r, double (&y)[kPanelColumns]);
 // Divides x by its length, which it returns; zero stays zero.
 double unit_length(float* x, int64_t n);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <bit>
+#include <numeric>
 
 #include "ops/cpu/symbol.h"
 
@@ -42,6 +43,41 @@ void SymbolOperator::repeat_terms(const Complex* terms, float* panel) const {
       at[(2 * f + 1) * kBlock] = static_cast<float>(terms[tap].im[f]);
     }
   }
+}
+
+void SymbolOperator::spread(const float* x, const float* scale, float* line) const {
+  const int64_t channels = row->channels, n_taps = spectrum.taps();
+  if (channel_step > 1 && width == channels) {
+    // The taps of a channel are neighbours and read one entry: whole blocks of it are written faster
+    // than as many as there are taps, and the next channel takes back what is too much.
+    for (int64_t c = 0; c < channels; ++c, line += n_taps) {
+      const float value = scale ? x[2 * c] * scale[c] : x[2 * c];
+      for (int64_t t = 0; t < n_taps; t += kBlock) std::fill_n(line + t, kBlock, value);
+    }
+    return;
+  }
+  for (int64_t t = 0; t < n_taps; ++t) {
+    const float* from = x + 2 * spectrum.phase(t) * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      line[at(c, t)] = scale ? from[2 * c] * scale[c] : from[2 * c];
+    }
+  }
+}
+
+void SymbolOperator::collect(const float* line, const float* scale, float* x) const {
+  const int64_t channels = row->channels, n_taps = spectrum.taps();
+  if (channel_step > 1 && width == channels) {
+    for (int64_t c = 0; c < channels; ++c, line += n_taps) {
+      x[2 * c] = std::accumulate(line, line + n_taps, 0.0f);
+    }
+  } else {
+    for (int64_t i = 0; i < width; ++i) x[2 * i] = 0.0f;
+    for (int64_t t = 0; t < n_taps; ++t) {
+      float* to = x + 2 * spectrum.phase(t) * channels;
+      for (int64_t c = 0; c < channels; ++c) to[2 * c] += line[at(c, t)];
+    }
+  }
+  for (int64_t i = 0; i < width && scale; ++i) x[2 * i] *= scale[i % channels];
 }
 
 void SymbolOperator::sum_taps(const float* panel, Complex* terms) const {

@@ -56,12 +56,7 @@ void scale_images(const SymbolRun& run, const SymbolPart& part, SymbolTile& tile
 }  // namespace
 
 void image(const SymbolRun& run, const SymbolPart& part, int64_t r, double (&y)[kPanelColumns]) {
-  const SymbolOperator& op = run.ops[part.op];
-  const double scale = op.row_scale ? op.row_scale[part.group * op.row->rows + r] : 1.0;
-  for (int k = 0; k < kPanelColumns; ++k) {
-    y[k] = scale * static_cast<double>(part.images[r * kPanelColumns + k]);
-    if (part.centre) y[k] += static_cast<double>(part.centre[r * kPanelColumns + k]);
-  }
+  for (int k = 0; k < kPanelColumns; ++k) y[k] = image_entry(run, part, r, k);
 }
 
 double unit_length(float* x, int64_t n) {
@@ -85,18 +80,11 @@ void prepare(const SymbolRun& run, SymbolPart& part) {
     unit_length(x, 2 * op.width);
   }
   op.spectrum.terms(part.w, part.terms);
-  Buffer<float> line(op.blocks * kBlock), terms(op.period * kPanelBlock);
-  std::fill(line.data() + op.columns, line.data() + op.blocks * kBlock, 0.0f);
+  Buffer<float> line((op.blocks + 1) * kBlock), terms(op.period * kPanelBlock);
   for (int k = 0; k < kPanelColumns; ++k) {
     const float* x = part.x + k / 2 * 2 * op.width + k % 2;
-    for (int64_t t = 0; t < op.spectrum.taps(); ++t) {
-      const float* from = x + 2 * op.spectrum.phase(t) * channels;
-      float* to = line.data() + op.at(0, t);
-      for (int64_t c = 0; c < channels; ++c) to[c * op.channel_step] = from[2 * c];
-      for (int64_t c = 0; c < channels && op.column_scale; ++c) {
-        to[c * op.channel_step] *= op.column_scale[part.group * channels + c];
-      }
-    }
+    op.spread(x, op.column_scale_of(part.group), line.data());
+    std::fill(line.data() + op.columns, line.data() + op.blocks * kBlock, 0.0f);
     write_column(line.data(), op.blocks, k, part.panel);
   }
   op.repeat_terms(part.terms, terms.data());

@@ -198,7 +198,7 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
       // arrives meanwhile, and other loads would wait.
       if (k0 == 0 && r % 2 == 0) {
 #pragma GCC unroll 4
-        for (int j = 0; j < height; ++j) fetch(next + r / 2 * weights.stride + j * lanes);
+        for (int j = 0; j < height; ++j) fetch(next + r * weights.stride + j * lanes);
       }
 #pragma GCC unroll 8
       for (int k = 0; k < width; ++k) {
