@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def test_a_change_of_a_source_is_noticed(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if not line.startswith("operator.cu")]
     forged.write_text("\n".join(lines), encoding="utf-8")
     assert "operator.cu: has no row" in check("--table", forged).stderr
+
+
+def test_the_pass_needs_no_more_than_the_plan_leaves() -> None:
+    plan = (ROOT / "csrc" / "ops" / "cuda" / "plan.h").read_text(encoding="utf-8")
+    (left,) = re.findall(r"kOtherShared = (\d+) << 10;", plan)
+    (kernel,) = (row for row in rows() if row["file"] == "pass.cu")
+    assert int(kernel["shared_bytes"]) <= int(left) << 10
 
 
 def test_every_kernel_fits_and_none_spills() -> None:

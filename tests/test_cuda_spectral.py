@@ -33,6 +33,8 @@ from tests.spectral_cases import (
     scaled,
     tap_major,
 )
+from tests.test_contract_spectral import Provider
+from tests.test_mixed_engines import MIXED, Mixed, heads
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -86,8 +88,14 @@ def alone() -> Network:
 
 @pytest.mark.parametrize(
     ("network", "engine", "launches"),
-    [(diagonals(), "symbol", 3), (diagonals(), "separable", 3), (alone(), "symbol", 1)],
-    ids=["symbol", "separable", "alone"],
+    [
+        (diagonals(), "symbol", 3),
+        (diagonals(), "separable", 3),
+        (heads() + diagonals(), "symbol", 3),
+        (diagonals() + heads(), "separable", 3),
+        (alone(), "symbol", 1),
+    ],
+    ids=["symbol", "separable", "symbol, heads", "separable, heads", "alone"],
 )
 def test_diagonal_maps_add_no_launch(
     core: ModuleType, network: Network, engine: str, launches: int
@@ -111,15 +119,39 @@ def test_diagonal_maps_add_no_launch(
 
 @pytest.mark.parametrize("engine", ["symbol", "separable"])
 def test_launches_of_a_pre_activation_network(core: ModuleType, engine: str) -> None:
-    """Three for all norms, one for the tape and one backward; a matrix keeps power iteration."""
+    """Three for all norms, one for the tape, one backward; a matrix by power iteration adds none."""
     bound = lf.NetworkBound(WideResNet(), IMAGE, engine=engine, backend="cuda")
     assert bound.plan.uncompiled == ()
     assert set(bound.plan.engines) == {engine, "operator", CLOSED_FORM}
     core.count_launches(reset=True)
     total = bound().total
-    assert core.count_launches(reset=True) == 3 + 1 + 2 * (engine == "separable")
+    assert core.count_launches(reset=True) == 3 + 1
     total.backward()
     assert core.count_launches() == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "read", "moved", "backward"),
+    [("heads", 3, 3, 1), ("heads of two", 3, 3, 1), ("several", 5, 7, 2)],
+)
+def test_launches_of_several_engines(
+    core: ModuleType, case: str, read: int, moved: int, backward: int
+) -> None:
+    """Convolutions by the power iteration add theirs; the order of blocks changes no bit."""
+    run, results = Mixed(Provider("cuda", "cpu"), *MIXED[case]), []
+    state, grad = run.start(), randn(len(run.engines), seed=7)
+    for order in (0, 1, 2):
+        core.set_order(order)
+        core.count_launches(reset=True)
+        found = run.step(state)
+        assert core.count_launches(reset=True) == moved
+        still = run.step(state, update=False)
+        assert core.count_launches(reset=True) == read
+        grads = run.vjp(found[2], grad)
+        assert core.count_launches() == backward
+        results.append([*found, *still, *grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 def test_launches_of_the_tape(core: ModuleType) -> None:

@@ -16,7 +16,7 @@
 #endif
 
 // Shared memory of a block. LMTFAST_SHARED(float, tile, [8][33]) declares `tile`; the dynamic part
-// is 16-byte aligned, and a kernel declares it once.
+// is 16-byte aligned, one for all who declare it.
 #if defined(LMTFAST_CUDA_EMULATION)
 #define LMTFAST_SHARED(type, name, extents)                                           \
   using name##_array = type extents;                                                  \

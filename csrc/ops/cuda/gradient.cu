@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 void launch_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,
                      unsigned blocks, Stream stream) {
   with_capacity(view.n_tensors, [&](auto capacity) {
-    LMTFAST_LAUNCH(gradient_kernel<capacity>, blocks, kBlockThreads, 0, stream, view,
+    LMTFAST_LAUNCH(gradient_kernel<capacity>, blocks, kBlockThreads, kTileBytes, stream, view,
                    words_of<capacity>(tensors, view.n_tensors),
                    words_of<capacity>(grads, view.n_tensors));
   });

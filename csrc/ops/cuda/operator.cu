@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) stencil_kernel(View v, bool 
 
 void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream) {
   const auto kernel = adjoint ? stencil_kernel<true> : stencil_kernel<false>;
-  LMTFAST_LAUNCH(kernel, blocks, kBlockThreads, 0, stream, view, second);
+  LMTFAST_LAUNCH(kernel, blocks, kBlockThreads, kTileBytes, stream, view, second);
 }
 
 }  // namespace lmtfast::cuda

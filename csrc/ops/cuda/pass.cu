@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
-// The pass of the symbol engine and of matrices. Floor: the weights once, 4 or 2 bytes each, at
-// sixteen fused multiply-adds per weight for four candidates and four for a matrix.
+// The pass of the symbol engine and of matrices, and the image of separable operators beside it, so
+// that a network of both takes one launch. Floor: the weights once, 4 or 2 bytes each, at sixteen fused
+// multiply-adds per weight for four candidates and four for a matrix.
 #include <bit>
 #include <cmath>
 
 #include "ops/cuda/pass.h"
+#include "ops/cuda/separable_product.h"
 #include "ops/cuda/spectral.h"
 #include "ops/cuda/symbol.h"
 #include "ops/cuda/word.h"
@@ -179,8 +181,10 @@ __device__ float identity_entry(const View& v, const Op& op, int32_t o, int c) {
   return c == 0 ? v.floats[op.work.plain + o] : 0.0f;
 }
 
+// Not a call, which would put what it gets on a stack.
 template <class T, int kColumns>
-__device__ void pass_rows(const View& v, const Item& item, const Op& op, float* shared) {
+__device__ __forceinline__ void pass_rows(const View& v, const Item& item, const Op& op,
+                                          float* shared) {
   constexpr int kSums = kPassRows * kColumns;
   const Stencil& s = op.s;
   const OpWork& w = op.work;
@@ -188,12 +192,12 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
   const int lane = Team<false>::rank(), warp = Team<false>::number();
   const auto subsets = static_cast<int32_t>(shape.subsets);
   const int32_t subset = item.tile % subsets, tile = item.tile / subsets;
-  const int64_t block = static_cast<int64_t>(item.group) * item.tiles + item.tile;
-  const int64_t place = static_cast<int64_t>(item.group) * shape.tiles + tile;
+  // Worked out again where results go: kept, they would fill the registers.
+  const auto block = [&] { return static_cast<int64_t>(item.group) * item.tiles + item.tile; };
+  const auto partial = [&] { return v.floats + w.partial + block() * shape.padded * kColumns; };
 
   const float* vector = v.floats + w.panel + (item.group * subsets + subset) * shape.vector;
-  float* sums = v.floats + w.partial + block * shape.padded * kColumns;
-  float* result = sums;
+  float* sums = partial();
   if (shape.shared_vector) {
     for (int64_t i = threadIdx.x; i < shape.vector; i += kPassThreads) shared[i] = vector[i];
     vector = shared;
@@ -296,11 +300,13 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
     for (int bits = kColumns; bits < kSums; bits *= 2) {
       square += __shfl_xor_sync(kAllLanes, square, bits);
     }
+    const int64_t place = static_cast<int64_t>(item.group) * shape.tiles + tile;
     if (lane < kColumns) v.doubles[w.norms + place * kPanel + subset * kColumns + lane] = square;
   }
   if (!update) return;
-  if (threadIdx.x == 0) v.doubles[w.powers + block] = power_of_two(exponent.e);
-  if (sums == result) return;
+  if (threadIdx.x == 0) v.doubles[w.powers + block()] = power_of_two(exponent.e);
+  if (!shape.shared_sums) return;
+  float* result = partial();
   for (int32_t k = 0; k < words.mine; ++k) {
     const float* first = sums;
     for_each_sum<T, kColumns>(sums, words, k, [&](auto& piece, int, int) {
@@ -311,7 +317,8 @@ __device__ void pass_rows(const View& v, const Item& item, const Op& op, float* 
 }
 
 template <class T>
-__device__ void pass_of(const View& v, const Item& item, const Op& op, float* shared) {
+__device__ __forceinline__ void pass_of(const View& v, const Item& item, const Op& op,
+                                        float* shared) {
   if (op.work.pass.columns == 8) {
     pass_rows<T, 8>(v, item, op, shared);
   } else if (op.work.pass.columns == 4) {
@@ -324,6 +331,10 @@ __device__ void pass_of(const View& v, const Item& item, const Op& op, float* sh
 __global__ void __launch_bounds__(kPassThreads, 1) pass_kernel(View v) {
   LMTFAST_DYNAMIC_SHARED(float, shared);
   const Item item = v.items[blockIdx.x];
+  if (static_cast<Method>(v.work[item.op].method) == Method::kSeparable) {
+    panel_image_tile(v, Op(v, item.op, item.group), item);
+    return;
+  }
   const Op op(v, item.op, item.group);
   if (has_bit(op.weight, kBfloat16Bit)) {
     pass_of<bfloat16>(v, item, op, shared);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// What follows the pass of the symbol engine and of matrices: the tiles' sums are added, frequencies
-// and vectors move on, sigma and what the gradient needs are recorded.
+// What follows the pass: the tiles' sums are added, or the panels of separable operators go back
+// through the weights; frequencies and vectors move on, sigma and what the gradient needs are recorded.
 #include <cmath>
 
 #include "ops/cuda/matrix.h"
+#include "ops/cuda/separable_product.h"
 #include "ops/cuda/spectral.h"
 #include "ops/cuda/symbol.h"
 #include "ops/cuda/word.h"
@@ -55,23 +56,29 @@ __device__ void reduce_columns(const View& v, const Op& op, const Item& item) {
   }
 }
 
-// The first blocks record what the gradient needs, one per operator; the others add up the adjoint,
-// and the last of a group to be done goes on to the new iterate.
+// The first blocks record what the gradient needs, one per operator; the others make the adjoint, and
+// the last of a group to be done goes on to the new iterate.
 __global__ void __launch_bounds__(kPassThreads, 1) finish_kernel(View v, unsigned records) {
   const Item item = v.items[blockIdx.x];
-  const bool symbol = static_cast<Method>(v.work[item.op].method) == Method::kSymbol;
+  const auto method = static_cast<Method>(v.work[item.op].method);
   if (blockIdx.x < records) {
-    if (symbol) {
+    if (method == Method::kSymbol) {
       record_symbol(v, item.op);
+    } else if (method == Method::kSeparable) {
+      record_separable(v, item.op);
     } else {
       record_matrix(v, item.op);
     }
     return;
   }
   const Op op(v, item.op, item.group);
+  if (method == Method::kSeparable) {
+    panel_back_tile(v, op, item);
+    return;
+  }
   reduce_columns(v, op, item);
   if (!last_of(v.counters + op.work.counters + item.group, item.tiles)) return;
-  if (symbol) {
+  if (method == Method::kSymbol) {
     finish_symbol(v, op);
   } else {
     finish_matrix(v, op, item.op);
@@ -80,8 +87,10 @@ __global__ void __launch_bounds__(kPassThreads, 1) finish_kernel(View v, unsigne
 
 }  // namespace
 
-void launch_pass_finish(const View& view, unsigned records, unsigned blocks, Stream stream) {
-  LMTFAST_LAUNCH(finish_kernel, records + blocks, kPassThreads, 0, stream, view, records);
+void launch_pass_finish(const View& view, unsigned records, unsigned blocks, int64_t shared_bytes,
+                        Stream stream) {
+  LMTFAST_LAUNCH(finish_kernel, records + blocks, kPassThreads, static_cast<size_t>(shared_bytes),
+                 stream, view, records);
 }
 
 }  // namespace lmtfast::cuda

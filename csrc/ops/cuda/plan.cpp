@@ -119,6 +119,7 @@ void Builder::plan_scales(int64_t i) {
 
 int64_t Builder::pass_cost(const Item& item) const {
   const OpWork& work = work_[item.op];
+  if (static_cast<Method>(work.method) == Method::kSeparable) return INT64_MAX;
   return work.pass.rows * (work.stencil.columns + kStepCost / kPassRows);
 }
 
@@ -179,9 +180,9 @@ void Builder::plan_pass(int64_t i, const Stencil& s) {
   for (int64_t group = 0; group < g; ++group) {
     add(kPrepare, i, group, 1);
     add(kPass, i, group, items);
-    add(kPassReduce, i, group, pieces(s.columns, kSumColumns));
+    add(kFinish, i, group, pieces(s.columns, kSumColumns));
   }
-  add(kPassRecord, i, 0, 1);
+  add(kRecord, i, 0, 1);
 }
 
 void Builder::plan_separable(int64_t i, const Stencil& s) {
@@ -205,10 +206,12 @@ void Builder::plan_separable(int64_t i, const Stencil& s) {
   work.counters = take(header_.counters, 2 * g);
   for (int64_t group = 0; group < g; ++group) {
     add(kPrepare, i, group, 1);
-    add(kPanelImage, i, group, work.image_tiles);
-    add(kPanelBack, i, group, work.back_tiles);
+    add(kPass, i, group, work.image_tiles);
+    add(kFinish, i, group, work.back_tiles);
   }
-  add(kPanelRecord, i, 0, 1);
+  add(kRecord, i, 0, 1);
+  header_.finish_bytes = kTileBytes;
+  header_.pass_bytes = std::max(header_.pass_bytes, kTileBytes);
 }
 
 void Builder::plan_stencil(int64_t i, const Stencil& s) {
@@ -348,7 +351,8 @@ std::vector<int64_t> Builder::build() {
   header_.scales = append(net_.scales, net_.n_scales * sizeof(lmtfast_scale_row));
   header_.tape = append(net_.tape, net_.n_tape * sizeof(lmtfast_instruction));
   header_.work = append(work_.data(), work_.size() * sizeof(OpWork));
-  // Long items first: what is left at the end is short.
+  // Images first, because the grid's share follows them, then long items: what is left at the end is
+  // short.
   std::stable_sort(items_[kPass].begin(), items_[kPass].end(),
                    [&](const Item& a, const Item& b) { return pass_cost(a) > pass_cost(b); });
   std::vector<int64_t> begins;

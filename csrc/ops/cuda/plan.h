@@ -42,8 +42,11 @@ constexpr int kImageRows = 32;
 constexpr int kBackColumns = 64;
 // Weight columns whose sums over the tiles of a pass one block adds.
 constexpr int kSumColumns = 256;
-// Side of a tile of a product (tile.h).
+// Side of a tile of a product (tile.h), its depth per step, and the shared memory of a step.
 constexpr int kTileSide = 64;
+constexpr int kTileStep = 16;
+constexpr int kTilePitch = kTileSide + 4;
+constexpr int64_t kTileBytes = 2 * kTileStep * kTilePitch * 4;
 // Columns of a block of a gradient that is an outer product; its rows are those of a tile.
 constexpr int kStripColumns = 4 * kBlockThreads;
 // Entries of a vector that one block sums or scales.
@@ -57,14 +60,13 @@ static_assert(sizeof(Item) == 2 * sizeof(int64_t));
 
 // Launches; their items are one stretch of the table each.
 enum Stage {
-  kPrepare,        // scales, norms of diagonal maps, vectors that products read; the first item
-                   // writes the tensors
-  kPass,           // both products of symbols and matrices
-  kPassRecord,     // their sigma and saved vectors
-  kPassReduce,     // sums of the adjoint over the tiles, then new iterates
-  kPanelImage,     // separable: panels through the weights, then the grid's share
-  kPanelRecord,    // sigma and saved vectors
-  kPanelBack,      // panels back through the weights, then new iterates
+  kPrepare,  // scales, norms of diagonal maps, vectors that products read; the first item
+             // writes the tensors
+  kPass,     // symbol, matrix: both products with the weights; separable: panels through them,
+             // then the grid's share
+  kRecord,   // their sigma and saved vectors
+  kFinish,   // symbol, matrix: sums of the adjoint over the tiles; separable: panels back through
+             // the weights; then new iterates
   kFirstImage,     // A v of convolutions,
   kFirstAdjoint,   // of transposed ones
   kSecondAdjoint,  // A^T u of convolutions,
@@ -142,7 +144,7 @@ struct PlanHeader {
   int64_t rounds, n_rounds;           // where the rounds of kGradient begin, and their end
   int64_t n_slots;                    // tensors that a call must bring
   int64_t floats, doubles, counters;  // of the workspace
-  int64_t pass_bytes;                 // shared memory of kPass
+  int64_t pass_bytes, finish_bytes;   // shared memory of kPass, and of kRecord and kFinish
   int64_t circles, n_circles;
   int64_t grad_scales;  // floats: gradient of the scale buffer
 };

@@ -7,7 +7,6 @@ set(LMTFAST_CUDA_SOURCES
     margin_cross_entropy.cu
     operator.cu
     pair_norm.cu
-    panel.cu
     pass.cu
     pass_finish.cu
     prepare.cu

@@ -65,13 +65,10 @@ void spectral_step(const Plan& plan, const lmtfast_tensor* tensors, int64_t n_te
   const bool update = new_state != nullptr;
   launch_prepare(call.at(kPrepare), call.table, words(tensors, call.header.n_slots).data(),
                  call.blocks(kPrepare), stream);
-  // The items that go on follow those that record.
   launch_pass(call.at(kPass), call.blocks(kPass), call.header.pass_bytes, stream);
-  launch_pass_finish(call.at(kPassRecord), call.blocks(kPassRecord),
-                     update ? call.blocks(kPassReduce) : 0, stream);
-  launch_image(call.at(kPanelImage), call.blocks(kPanelImage), stream);
-  launch_back(call.at(kPanelRecord), call.blocks(kPanelRecord),
-              update ? call.blocks(kPanelBack) : 0, stream);
+  // The items that go on follow those that record.
+  launch_pass_finish(call.at(kRecord), call.blocks(kRecord), update ? call.blocks(kFinish) : 0,
+                     call.header.finish_bytes, stream);
   launch_stencil(call.at(kFirstImage), false, false, call.blocks(kFirstImage), stream);
   launch_stencil(call.at(kFirstAdjoint), true, false, call.blocks(kFirstAdjoint), stream);
   if (update) {

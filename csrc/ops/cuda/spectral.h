@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Spectral norms of a network on a CUDA device. Layouts of iterates and saved vectors:
 // ops/spectral.h. A step is
-//   prepare, pass, finish            operators by symbol, matrices: the weights are read once
-//   prepare, image, back             separable: twice
+//   prepare, pass, finish            operators by symbol, matrices: the weights are read once;
+//                                    separable: twice
 //   prepare, A v, A^T u              convolutions by power iteration
 // one launch each for all operators of the network, and a gradient one launch, scales included.
 // What the separable engine saves of the image is the image as its gradient reads it: mixed by the
@@ -21,9 +21,8 @@ struct View;
 void launch_prepare(const View& view, uint64_t* table, const uint64_t* tensors, unsigned blocks,
                     Stream stream);
 void launch_pass(const View& view, unsigned blocks, int64_t shared_bytes, Stream stream);
-void launch_pass_finish(const View& view, unsigned records, unsigned blocks, Stream stream);
-void launch_image(const View& view, unsigned blocks, Stream stream);
-void launch_back(const View& view, unsigned records, unsigned blocks, Stream stream);
+void launch_pass_finish(const View& view, unsigned records, unsigned blocks, int64_t shared_bytes,
+                        Stream stream);
 void launch_stencil(const View& view, bool adjoint, bool second, unsigned blocks, Stream stream);
 void launch_gradient(const View& view, const uint64_t* tensors, const uint64_t* grads,
                      unsigned blocks, Stream stream);

@@ -19,8 +19,6 @@ namespace lmtfast::cuda {
 constexpr int kTileThreads = 256;
 constexpr int kTileThreadSide = 16;
 constexpr int kTilePer = 4;
-constexpr int kTileStep = 16;
-constexpr int kTilePitch = kTileSide + 4;
 static_assert(kTileThreads == kBlockThreads && kTileSide == kTileThreadSide * kTilePer);
 
 using TileSum = float[kTilePer][kTilePer];
@@ -67,6 +65,7 @@ struct TileLoader {
 };
 
 using TileStep = float[kTileStep][kTilePitch];
+static_assert(2 * sizeof(TileStep) == kTileBytes);
 
 // Adds one step's products. kAll: the tile lies inside its matrix; otherwise rows and columns beyond
 // it are left out by sixteens, which is most of the work of a small matrix.
@@ -98,9 +97,10 @@ __device__ void multiply_step(const TileStep& rows, const TileStep& columns, int
   }
 }
 
-// The step that is multiplied: of rows, then of columns. One place for all products of a kernel.
+// The step that is multiplied: of rows, then of columns. One place for all products of a kernel, the
+// dynamic shared memory, which the pass has for other blocks anyway.
 __device__ inline TileStep& tile_step(int which) {
-  LMTFAST_SHARED(TileStep, steps, [2]);
+  LMTFAST_DYNAMIC_SHARED(TileStep, steps);
   return steps[which];
 }
 

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: MIT
-// The separable engine's two products with the weights. The second needs what the grid makes of all
-// rows of the first (lmtfast/engines/separable.py: the new pattern comes from the Gram matrix of the
-// whole image, the new channel vector from the new pattern), so the weights are read twice. Floor:
-// their bytes, once per product from memory or L2.
-#include <cmath>
+// One block's share of the separable engine's two products with the weights. The second needs what
+// the grid makes of all rows of the first (lmtfast/engines/separable.py: the new pattern comes from
+// the Gram matrix of the whole image, the new channel vector from the new pattern), so the weights are
+// read twice. Floor: their bytes, once per product from memory or L2.
+#pragma once
 
 #include "ops/cuda/separable.h"
-#include "ops/cuda/spectral.h"
 
 namespace lmtfast::cuda {
-namespace {
 
 // Entry (o, tap, c) of the image, from its sum over the channels.
-__device__ void write_image(const View& v, const Op& op, int32_t o, int32_t tap, int c, float sum) {
+__device__ inline void write_image(const View& v, const Op& op, int32_t o, int32_t tap, int c,
+                                   float sum) {
   const Stencil& s = op.s;
   const int64_t group = op.group;
   float value = sum * op.rs(o);
@@ -51,9 +50,7 @@ __device__ void image_rows(const View& v, const Op& op, int32_t first, int left)
 }
 
 // A tile of rows of the image; the last block of a group goes on to the grid.
-__global__ void __launch_bounds__(kBlockThreads, 1) image_kernel(View v) {
-  const Item item = v.items[blockIdx.x];
-  const Op op(v, item.op, item.group);
+__device__ inline void panel_image_tile(const View& v, const Op& op, const Item& item) {
   const int32_t first = item.tile * kImageRows + Team<false>::number() * kRowsPerWarp;
   const int left = op.s.rows - first;
   if (left > 0) {
@@ -66,7 +63,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) image_kernel(View v) {
   if (last_of(v.counters + op.work.counters + item.group, item.tiles)) grid_step(v, op);
 }
 
-__device__ PanelRow back_column(const Op& op, int32_t column, int32_t part, const float* panel) {
+__device__ inline PanelRow back_column(const Op& op, int32_t column, int32_t part,
+                                       const float* panel) {
   if (has_bit(op.weight, kBfloat16Bit)) {
     return panel_adjoint(address_of<const bfloat16>(op.weight) + op.first_weight(), op, column,
                          part, panel);
@@ -75,15 +73,8 @@ __device__ PanelRow back_column(const Op& op, int32_t column, int32_t part, cons
                        panel);
 }
 
-// The first blocks record what the gradient needs, one per operator; the others take tiles of columns
-// of the adjoint, and the last of a group goes on to the new iterate.
-__global__ void __launch_bounds__(kBlockThreads, 1) back_kernel(View v, unsigned records) {
-  const Item item = v.items[blockIdx.x];
-  if (blockIdx.x < records) {
-    record_separable(v, item.op);
-    return;
-  }
-  const Op op(v, item.op, item.group);
+// A tile of columns of the adjoint; the last block of a group goes on to the new iterate.
+__device__ inline void panel_back_tile(const View& v, const Op& op, const Item& item) {
   const Stencil& s = op.s;
   const OpWork& w = op.work;
   const int64_t group = item.group;
@@ -107,16 +98,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1) back_kernel(View v, unsigned
     v.floats[w.back + (group * s.columns + j) * kPanel + c] = value;
   }
   if (last_of(v.counters + w.counters + s.groups + group, item.tiles)) finish_separable(v, op);
-}
-
-}  // namespace
-
-void launch_image(const View& view, unsigned blocks, Stream stream) {
-  LMTFAST_LAUNCH(image_kernel, blocks, kBlockThreads, 0, stream, view);
-}
-
-void launch_back(const View& view, unsigned records, unsigned blocks, Stream stream) {
-  LMTFAST_LAUNCH(back_kernel, records + blocks, kBlockThreads, 0, stream, view, records);
 }
 
 }  // namespace lmtfast::cuda
