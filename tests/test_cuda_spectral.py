@@ -119,7 +119,7 @@ def test_diagonal_maps_add_no_launch(
 
 @pytest.mark.parametrize("engine", ["symbol", "separable"])
 def test_launches_of_a_pre_activation_network(core: ModuleType, engine: str) -> None:
-    """Three for all norms, one for the tape, one backward; a matrix by power iteration adds none."""
+    """Three for all norms, matrices by power iteration included; one for the tape, one backward."""
     bound = lf.NetworkBound(WideResNet(), IMAGE, engine=engine, backend="cuda")
     assert bound.plan.uncompiled == ()
     assert set(bound.plan.engines) == {engine, "operator", CLOSED_FORM}

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN, SPECTRAL = "tests/test_contract_margin.py", "tests/test_contract_spectral.py"
 MEMORY, DIAGONAL = "tests/test_spectral_memory.py", "tests/test_contract_diagonal.py"
+MIXED = "tests/test_mixed_engines.py"
 
 
 class Bug(NamedTuple):
@@ -250,6 +251,36 @@ BUGS = (
         "cuda panel: row scale lost in the adjoint", "csrc/ops/cuda/panel.h",
         "const float scale = op.rs(o);", "const float scale = 1.0f;",
         SPECTRAL, "cuda",
+    ),
+    Bug(
+        "cuda plan: the pass has too little memory for the grid", "csrc/ops/cuda/plan.cpp",
+        "header_.pass_bytes = std::max(header_.pass_bytes, kTileBytes);",
+        "header_.pass_bytes = std::max(header_.pass_bytes, kTileBytes / 2);",
+        SPECTRAL, "cuda-separable and steps",
+    ),
+    Bug(
+        "cuda plan: the grid's memory in place of a head's", "csrc/ops/cuda/plan.cpp",
+        "header_.pass_bytes = std::max(header_.pass_bytes, kTileBytes);",
+        "header_.pass_bytes = kTileBytes;",
+        MIXED, "cuda-heads and several_engines",
+    ),
+    Bug(
+        "cuda finish: a separable operator counts as a matrix", "csrc/ops/cuda/pass_finish.cu",
+        "    } else if (method == Method::kSeparable) {\n      record",
+        "    } else if (method == Method::kDiagonal) {\n      record",
+        MIXED, "cuda-heads and several_engines",
+    ),
+    Bug(
+        "cuda finish: a head's column scale lost in the adjoint", "csrc/ops/cuda/pass_finish.cu",
+        "static_cast<float>(sum * inverses[c]) * op.cs(column.channel)",
+        "static_cast<float>(sum * inverses[c])",
+        MIXED, "cuda-heads and several_engines",
+    ),
+    Bug(
+        "cuda finish: a head goes on before its last sums are in", "csrc/ops/cuda/pass_finish.cu",
+        "op.work.counters + item.group, item.tiles))",
+        "op.work.counters + item.group, item.tiles - (item.tiles > 1)))",
+        MIXED, "cuda-heads and several_engines",
     ),
 )  # fmt: skip
 
