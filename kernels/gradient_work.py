@@ -61,10 +61,14 @@ class ScaleEntries:
 
 
 def rows_of_engine(table: OperatorTable, engine: str) -> list[int]:
-    """Numbers of the operators that the table gives to an engine."""
-    kinds = KINDS.index("stencil"), ENGINES.index(engine)
-    place = FIELDS.index("engine")
-    return [i for i, row in enumerate(table.rows) if (row[0], row[place]) == kinds]
+    """Numbers of the operators that an engine's launches run: those that the table gives it, but
+    the matrices of power iteration go with symbol where that has operators of its own."""
+    stencil, symbol = KINDS.index("stencil"), ENGINES.index("symbol")
+    engine_at, axes_at = FIELDS.index("engine"), FIELDS.index("axes")
+    found = {i: row[engine_at] for i, row in enumerate(table.rows) if row[0] == stencil}
+    if symbol in found.values():
+        found |= {i: symbol for i in found if table.rows[i][axes_at] == 0}
+    return [i for i, runner in found.items() if runner == ENGINES.index(engine)]
 
 
 def weight_slots(table: OperatorTable, engine: str) -> frozenset[int]:

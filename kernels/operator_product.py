@@ -68,11 +68,10 @@ from lmtfast.kernels.operator_work import (
 from lmtfast.kernels.packing import kernel_view, pack_block, read_in_place
 from lmtfast.kernels.scale_work import SCALE_BLOCK
 from lmtfast.kernels.specialization import Specialization
+from lmtfast.kernels.vector import inverse_of, keep_scaled
 from lmtfast.kernels.visit_work import VISIT_WIDTH
 
 PIECE_SIZE, PARTS_AT_ONCE, BLOCK = tl.constexpr(PIECE), tl.constexpr(128), tl.constexpr(1024)
-KEPT_BLOCK = tl.constexpr(4096)
-LARGEST = tl.constexpr(3e38)
 FLAT_SHAPE, THIN_SHAPE = tl.constexpr(FLAT), tl.constexpr(THIN)
 HIGH, WIDE = tl.constexpr(SHAPES[0][0]), tl.constexpr(SHAPES[0][1])
 LOW, NARROW = tl.constexpr(SHAPES[THIN][0]), tl.constexpr(SHAPES[FLAT][1])
@@ -94,13 +93,6 @@ def norm_of(row, workspace, PARTS: tl.constexpr, COUNT: tl.constexpr):
         i = start + tl.arange(0, PARTS_AT_ONCE)
         total += tl.load(parts + i, i < count, other=0.0)
     return tl.sqrt(tl.sum(total, 0))
-
-
-@triton.jit
-def inverse_of(norm):
-    """1 / norm in float32, or its largest; a vector of zeros stays one, and NaN comes through."""
-    inverse = 1.0 / tl.where(norm == 0, 1.0, norm)
-    return tl.where(inverse > LARGEST, LARGEST, inverse).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n_squares", "n_packing"])
@@ -207,16 +199,6 @@ def finish(
             sigma = norm_of(row, workspace, IMAGE_PARTS, IMAGE_COUNT)
             keep_scaled(image, inverse_of(sigma), u, u, u_size, 0, 1)
         tl.store(sigmas + tl.load(row + NUMBER), sigma.to(tl.float32))
-
-
-@triton.jit(noinline=True)
-def keep_scaled(source, factor, target, copy, size, part, parts):
-    """One of several programs' share of a vector times a factor, to two places."""
-    for start in range(part * KEPT_BLOCK, size, parts * KEPT_BLOCK):
-        i = start + tl.arange(0, KEPT_BLOCK)
-        x = tl.load(source + i, i < size, other=0.0) * factor
-        tl.store(target + i, x, i < size)
-        tl.store(copy + i, x, i < size)
 
 
 @triton.jit

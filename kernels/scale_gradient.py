@@ -28,7 +28,6 @@ from lmtfast.kernels.descriptor import (
     NUMBER,
     ROW_SCALE,
     ROWS,
-    SAVED,
     SLOT,
     TAPS,
     TENSOR_WIDTH,
@@ -38,6 +37,7 @@ from lmtfast.kernels.descriptor import (
     whole,
 )
 from lmtfast.kernels.gradient_work import ENTRY_BLOCK, OF_COLUMNS, OF_DIAGONAL, USE_WIDTH
+from lmtfast.kernels.matrix import kept_pair, saved_image
 from lmtfast.kernels.scale_work import SCALE_BLOCK
 from lmtfast.kernels.symbol_work import SYMBOL_WIDTH
 
@@ -100,7 +100,7 @@ def use_gradient(
         if side == COLUMN_SIDE:
             outer = column_gradient(row, tensors, saved, i, mask)
         else:
-            outer = row_gradient(row, saved, i, mask)
+            outer = row_gradient(row, tensors, saved, i, mask)
         outer *= tl.load(grad_sigmas + tl.load(row + NUMBER)).to(tl.float64)
     numerator, root = factor_parts(tensors, factor, i, mask)
     inverse = tl.load(factor + FACTOR_INVERSE) != 0
@@ -127,16 +127,21 @@ def diagonal_gradient(scales, length, grad, i, mask):
 
 
 @triton.jit
-def row_gradient(row, saved, i, mask):
-    """u . p of the winner's rows, float64; 0 in other groups."""
-    rows, kept = whole(row, ROWS), saved + tl.load(row + SAVED)
-    local = i - tl.load(kept).to(tl.int32) * rows
+def row_gradient(row, tensors, saved, i, mask):
+    """u . p of the winner's rows, float64; 0 in other groups. A matrix has not kept its p."""
+    rows = whole(row, ROWS)
+    group, u, z, parts = kept_pair(row, saved)
+    local = i - group * rows
     present = mask & (local >= 0) & (local < rows)
-    u = kept + 1 + 2 * local
-    p = u + 2 * rows + 2 * whole(row, CHANNELS) * whole(row, TAPS)
-    re = tl.load(u, present, other=0.0).to(tl.float64) * tl.load(p, present, other=0.0)
-    im = tl.load(u + 1, present, other=0.0).to(tl.float64) * tl.load(p + 1, present, other=0.0)
-    return re + im
+    total = tl.load(u + parts * local, present, other=0.0).to(tl.float64)
+    if parts == 1:
+        total *= saved_image(row, tensors, saved, z, i, present)
+    else:
+        p = z + 2 * whole(row, CHANNELS) * whole(row, TAPS) + 2 * local
+        total *= tl.load(p, present, other=0.0)
+        im = tl.load(u + 2 * local + 1, present, other=0.0).to(tl.float64)
+        total += im * tl.load(p + 1, present, other=0.0)
+    return total
 
 
 @triton.jit
@@ -144,8 +149,7 @@ def column_gradient(row, tensors, saved, i, mask):
     """Sum over rows o and taps t of rs_o W_oct (u_o . z_ct) of the winner, float64."""
     rows, channels, n_taps = whole(row, ROWS), whole(row, CHANNELS), whole(row, TAPS)
     columns = channels * n_taps
-    kept = saved + tl.load(row + SAVED)
-    group = tl.load(kept).to(tl.int32)
+    group, u, vector, parts = kept_pair(row, saved)
     tensor = tensors + tl.load(row + SLOT) * TENSOR_WIDTH
     address, code = tl.load(tensor), tl.load(tensor + 1)
     tap_major = tl.load(tensor + 3) != 0
@@ -155,15 +159,15 @@ def column_gradient(row, tensors, saved, i, mask):
     for r_start in range(0, rows, SUM_ROWS):
         r = r_start + tl.arange(0, SUM_ROWS)
         scale = scale_of(saved, tl.load(row + ROW_SCALE), group * rows + r, r < rows)
-        u_re = tl.load(kept + 1 + 2 * r, r < rows, other=0.0) * scale
-        u_im = tl.load(kept + 2 + 2 * r, r < rows, other=0.0) * scale
+        u_re = tl.load(u + parts * r, r < rows, other=0.0) * scale
+        u_im = tl.load(u + parts * r + 1, (r < rows) & (parts > 1), other=0.0) * scale
         for t_start in range(0, n_taps, SUM_TAPS):
             t = t_start + tl.arange(0, SUM_TAPS)
             inside = present[:, None] & (t < n_taps)[None, :]
             k = c[:, None] * n_taps + t[None, :]
-            z = kept + 1 + 2 * rows + 2 * k
+            z = vector + parts * k
             z_re = tl.load(z, inside, other=0.0)
-            z_im = tl.load(z + 1, inside, other=0.0)
+            z_im = tl.load(z + 1, inside & (parts > 1), other=0.0)
             if tap_major:
                 k = t[None, :] * channels + c[:, None]
             start = (group * rows + r_start).to(tl.int64) * columns

@@ -54,6 +54,7 @@ from lmtfast.kernels.frequency_search import (
     tap_phases,
     turn,
 )
+from lmtfast.kernels.matrix import finish_matrix
 from lmtfast.kernels.specialization import Specialization
 from lmtfast.kernels.symbol_pass import state_of_group
 from lmtfast.kernels.symbol_work import (
@@ -66,6 +67,7 @@ from lmtfast.kernels.symbol_work import (
     IMAGE,
     LENGTHS,
     PARTIALS,
+    PARTS,
     PHASES,
     PLANES,
     PRODUCT,
@@ -77,6 +79,7 @@ from lmtfast.kernels.symbol_work import (
     TAP_WIDTH,
     TILES,
     TURNED,
+    USED,
     VALUES,
     F,
     Z,
@@ -108,25 +111,29 @@ def symbol_finish(
     counter = counters + tl.load(row + COUNTER)
     tap_major = tl.load(tensors + tl.load(row + SLOT) * TENSOR_WIDTH + 3) != 0
     last_of_group = block == 0
+    exponent = 0
     if UPDATE:
         exponent = largest_exponent(row, workspace, group)
         collect(row, group, block, exponent, tap_major, tap_table, state, saved, workspace)
         last_of_group = last_of(counter + group, whole(row, BLOCKS))
     if last_of_group:
-        before = lengths_of_image(row, group, workspace)
-        f = tl.arange(0, F)
-        tl.store(workspace + tl.load(row + VALUES) + group * F + f, before.to(tl.float32))
-        if UPDATE:
-            scratch = workspace + tl.load(row + SCRATCH)
-            scratch += group.to(tl.int64) * (2 * SCRATCH_DOUBLES)
-            scratch = scratch.to(tl.pointer_type(tl.float64), bitcast=True)
-            tl.store(scratch + LENGTH + f, before)
-            q = total_response(row, group, state, workspace, scratch)
-            search(row, q, tap_table, root_table, scratch, BITS)
-            turn_back(row, group, tap_major, tap_table, workspace, scratch, BITS)
-            advance(row, group, exponent, state, workspace, scratch, new_state)
-        if last_of(counter + whole(row, GROUPS), whole(row, GROUPS)):
-            keep_winner(row, tap_major, saved, workspace, sigmas)
+        if whole(row, PARTS) == 1:
+            finish_matrix(row, exponent, saved, workspace, sigmas, new_state, UPDATE)
+        else:
+            before = lengths_of_image(row, group, workspace)
+            f = tl.arange(0, F)
+            tl.store(workspace + tl.load(row + VALUES) + group * F + f, before.to(tl.float32))
+            if UPDATE:
+                scratch = workspace + tl.load(row + SCRATCH)
+                scratch += group.to(tl.int64) * (2 * SCRATCH_DOUBLES)
+                scratch = scratch.to(tl.pointer_type(tl.float64), bitcast=True)
+                tl.store(scratch + LENGTH + f, before)
+                q = total_response(row, group, state, workspace, scratch)
+                search(row, q, tap_table, root_table, scratch, BITS)
+                turn_back(row, group, tap_major, tap_table, workspace, scratch, BITS)
+                advance(row, group, exponent, state, workspace, scratch, new_state)
+            if last_of(counter + whole(row, GROUPS), whole(row, GROUPS)):
+                keep_winner(row, tap_major, saved, workspace, sigmas)
 
 
 @triton.jit
@@ -147,7 +154,7 @@ def collect(row, group, block, exponent, tap_major, tap_table, state, saved, wor
     """A^T y times 2 ** -exponent for one block of channels, and its part of the response."""
     channels, n_taps, rows = whole(row, CHANNELS), whole(row, TAPS), whole(row, ROWS)
     columns, tiles, n_blocks = channels * n_taps, whole(row, TILES), whole(row, BLOCKS)
-    f = tl.arange(0, F)
+    f, parts, used = tl.arange(0, F), whole(row, PARTS), whole(row, USED)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = scale_of(saved, tl.load(row + COLUMN_SCALE), group * channels + c, c < channels)
     identity = real(row, IDENTITY).to(tl.float32)
@@ -169,16 +176,16 @@ def collect(row, group, block, exponent, tap_major, tap_table, state, saved, wor
         if tap_major:
             k = t[None, :] * channels + c[:, None]
         at = f[:, None, None] * columns + k[None, :, :]
-        every = inside[None, :, :] & (f >= 0)[:, None, None]
+        every = inside[None, :, :] & (f < used)[:, None, None]
         re = tl.zeros((F, BLOCK_C, BLOCK_TAPS), tl.float32)
         im = tl.zeros((F, BLOCK_C, BLOCK_TAPS), tl.float32)
         for tile in range(first_tile, first_tile + tiles):
             factor = power_of_two(
                 tl.load(workspace + tl.load(row + EXPONENTS) + tile).to(tl.int32) - exponent
             )
-            part = partials + columns.to(tl.int64) * PLANES * tile
+            part = partials + columns.to(tl.int64) * used * tile
             re += factor * tl.load(part + at, every, other=0.0)
-            im += factor * tl.load(part + F * columns + at, every, other=0.0)
+            im += factor * tl.load(part + F * columns + at, every & (parts > 1), other=0.0)
         re, im = re * scale[None, :, None], im * scale[None, :, None]
         if identity != 0:
             here = every & (t == centre)[None, None, :]
@@ -188,15 +195,16 @@ def collect(row, group, block, exponent, tap_major, tap_table, state, saved, wor
             im += part * tl.load(y + F * rows, here, other=0.0)
         tl.store(adjoint + at, re, every)
         tl.store(adjoint + F * columns + at, im, every)
-        taps = tap_table + tl.load(row + TAP_TABLE)
-        phase = tl.load(taps + t * TAP_WIDTH + 3, t < n_taps, other=0)
-        source = x[:, None, None] + 2 * (phase[None, :] * channels + c[:, None])[None, :, :]
-        x_re = tl.load(source, every, other=0.0) * inverse
-        x_im = tl.load(source + 1, every, other=0.0) * inverse
-        q = f[:, None] * n_taps + t[None, :]
-        here = (f >= 0)[:, None] & (t < n_taps)[None, :]
-        tl.store(responses + q, tl.sum(re * x_re + im * x_im, 1), here)
-        tl.store(responses + F * n_taps + q, tl.sum(re * x_im - im * x_re, 1), here)
+        if parts > 1:
+            taps = tap_table + tl.load(row + TAP_TABLE)
+            phase = tl.load(taps + t * TAP_WIDTH + 3, t < n_taps, other=0)
+            source = x[:, None, None] + 2 * (phase[None, :] * channels + c[:, None])[None, :, :]
+            x_re = tl.load(source, every, other=0.0) * inverse
+            x_im = tl.load(source + 1, every, other=0.0) * inverse
+            q = f[:, None] * n_taps + t[None, :]
+            here = (f >= 0)[:, None] & (t < n_taps)[None, :]
+            tl.store(responses + q, tl.sum(re * x_re + im * x_im, 1), here)
+            tl.store(responses + F * n_taps + q, tl.sum(re * x_im - im * x_re, 1), here)
 
 
 @triton.jit

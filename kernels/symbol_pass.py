@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Engine ``symbol``, first two of three launches: the vectors z, and one pass over all weights.
 
-The definition is :mod:`lmtfast.engines.symbol`; all operators of a network are in each launch.
+The definition is :mod:`lmtfast.engines.symbol`; all operators of a network are in each launch, and
+the matrices that power iteration runs (:mod:`lmtfast.kernels.matrix`).
 
 ``symbol_prepare``: one program per candidate normalises its x and writes z, one per 256 channels
 writes a piece of the scale buffer, one per diagonal map its scale and its norm.
@@ -56,6 +57,7 @@ from lmtfast.kernels.symbol_work import (
     IMAGE,
     LENGTHS,
     PARTIALS,
+    PARTS,
     PHASES,
     PLANES,
     PRODUCT,
@@ -64,13 +66,14 @@ from lmtfast.kernels.symbol_work import (
     TAP_WIDTH,
     TILE_ROWS,
     TILES,
+    USED,
     Z_CENTRE,
     Z_SCALED,
     F,
     Z,
 )
+from lmtfast.kernels.vector import inverse_of, length_of
 
-BLOCK_X = tl.constexpr(256)
 BLOCK_C = tl.constexpr(64)
 ROWS_AT_ONCE = tl.constexpr(TILE_ROWS)
 
@@ -78,7 +81,7 @@ ROWS_AT_ONCE = tl.constexpr(TILE_ROWS)
 @triton.jit
 def state_of_group(row, state, group):
     """Where a group's part of the state starts, and the entries of one candidate."""
-    axes, x_size = whole(row, AXES), 2 * whole(row, PHASES) * whole(row, CHANNELS)
+    axes, x_size = whole(row, AXES), whole(row, PARTS) * whole(row, PHASES) * whole(row, CHANNELS)
     width = 2 * axes + x_size
     first = tl.load(row + STATE) + group.to(tl.int64) * (F * width + 2 * axes)
     return state + first, width
@@ -111,19 +114,12 @@ def candidate_vector(
     row, group, f, tensors, factors, tap_table, state, workspace, BITS: tl.constexpr
 ):  # fmt: skip
     axes, channels, n_taps = whole(row, AXES), whole(row, CHANNELS), whole(row, TAPS)
-    columns = channels * n_taps
+    columns, parts = channels * n_taps, whole(row, PARTS)
     tap_major = tl.load(tensors + tl.load(row + SLOT) * TENSOR_WIDTH + 3) != 0
     base, width = state_of_group(row, state, group)
     base += f * width
     x = base + 2 * axes
-    size = width - 2 * axes
-    squares = tl.zeros((BLOCK_X,), tl.float64)
-    for start in range(0, size, BLOCK_X):
-        i = start + tl.arange(0, BLOCK_X)
-        part = tl.load(x + i, i < size, other=0.0).to(tl.float64)
-        squares += part * part
-    length = tl.sqrt(tl.sum(squares, 0))
-    inverse = tl.where(length == 0, 1.0, 1.0 / length).to(tl.float32)
+    inverse = inverse_of(length_of(x, width - 2 * axes))
     tl.store(workspace + tl.load(row + LENGTHS) + group * F + f, inverse)
 
     one = tl.arange(0, 1)
@@ -142,9 +138,9 @@ def candidate_vector(
             e_re, e_im = e_re.to(tl.float32), e_im.to(tl.float32)  # (1, taps)
             phase = tl.load(taps + t * TAP_WIDTH + 3, t < n_taps, other=0)
             inside = (c < channels)[:, None] & (t < n_taps)[None, :]
-            at = 2 * (phase[None, :] * channels + c[:, None])
+            at = parts * (phase[None, :] * channels + c[:, None])
             x_re = tl.load(x + at, inside, other=0.0) * inverse
-            x_im = tl.load(x + at + 1, inside, other=0.0) * inverse
+            x_im = tl.load(x + at + 1, inside & (parts > 1), other=0.0) * inverse
             z_re, z_im = x_re * e_re - x_im * e_im, x_re * e_im + x_im * e_re
             k = c[:, None] * n_taps + t[None, :]
             if tap_major:
@@ -199,7 +195,8 @@ def tile_pass(
     begin = (group * rows).to(tl.int64) * columns
     scaled = workspace + tl.load(row + Z_SCALED) + group.to(tl.int64) * PLANES * columns
     planes = group.to(tl.int64) * PLANES * rows
-    plane = tl.arange(0, PLANES)
+    plane, used = tl.arange(0, PLANES), whole(row, USED)
+    there = (plane < used)[None, :]
     scales = tl.load(row + ROW_SCALE)
     centre = tl.load(row + Z_CENTRE)
     product = workspace + tl.load(row + PRODUCT) + planes
@@ -218,14 +215,15 @@ def tile_pass(
                 inside[:, None] & (k < columns)[None, :], DTYPES, ALIGNED,
             )  # fmt: skip
             z = tl.load(
-                scaled + (plane[:, None] * columns + k[None, :]), (k < columns)[None, :], other=0.0
-            )
+                scaled + (plane[:, None] * columns + k[None, :]),
+                (k < columns)[None, :] & (plane < used)[:, None], other=0.0,
+            )  # fmt: skip
             p = tl.dot(w, tl.trans(z), p, input_precision="ieee")
         at = plane[None, :] * rows + r[:, None]
         tl.store(product + at, p, inside[:, None])
         y = p * scale_of(saved, scales, group * rows + r, inside)[:, None]
         if centre >= 0:
-            y += tl.load(workspace + centre + planes + at, inside[:, None], other=0.0)
+            y += tl.load(workspace + centre + planes + at, inside[:, None] & there, other=0.0)
         tl.store(image + at, y, inside[:, None])
         largest = tl.maximum(largest, tl.max(tl.max(tl.abs(y), 1), 0))
     if UPDATE:
@@ -242,7 +240,7 @@ def tile_pass(
             y *= scale_of(saved, scales, group * rows + r, r < last)[:, None]
             tl.store(carried + at, y, (r < last)[:, None])
         tl.debug_barrier()
-        partial = workspace + tl.load(row + PARTIALS) + tile_index.to(tl.int64) * PLANES * columns
+        partial = workspace + tl.load(row + PARTIALS) + tile_index.to(tl.int64) * used * columns
         wide: tl.constexpr = 2 * COLUMNS if ALIGNED else COLUMNS
         n_chunks = (columns + wide - 1) // wide
         for chunk in range(0, n_chunks):
@@ -262,7 +260,7 @@ def tile_pass(
                 )
                 total = tl.dot(tl.trans(w), g, total, input_precision="ieee")
             at = plane[None, :] * columns + k[:, None]
-            tl.store(partial + at, total, (k < columns)[:, None])
+            tl.store(partial + at, total, (k < columns)[:, None] & there)
 
 
 PREPARE_GEOMETRY = {"SCALE_BLOCK": SCALE_BLOCK, "num_warps": 4}

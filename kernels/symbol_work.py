@@ -20,11 +20,14 @@ from lmtfast.kernels.planner import Planner, int32_table, longest_first
 from lmtfast.table import CANDIDATES, FIELDS, OperatorTable
 
 # Fields behind ADDED. Workspace offsets count float32; R rows, C channels, T taps, K = C T columns,
-# F candidates, and eight planes per vector: F real parts, then F imaginary ones.
+# F candidates, and eight planes per vector: F real parts, then F imaginary ones. A matrix under
+# power iteration has one tap, and one vector, which is real: the first plane.
 SYMBOL_FIELDS = (
     "phases", "tap_table", "root_table", "grid_0", "grid_1", "grid_2",
     "tiles",  # row tiles per group
     "blocks",  # blocks of channels per group
+    "parts",  # reals per entry of x, u and z in state and saved: 2, of a matrix 1
+    "used",  # planes that hold anything: 8, of a matrix 1
     "counter",  # of finished blocks, one per group, then one of finished groups; int32
     "z",  # (G, 8, K) exp(-i w . tau_t) x_phase(t), in the weight's memory order
     "z_scaled",  # the same times the column scale; the same place where there is none
@@ -33,7 +36,7 @@ SYMBOL_FIELDS = (
     "image",  # (G, 8, R) y = A z
     "carried",  # (G, 8, R) row scale times y, each tile times a power of two
     "exponents",  # (G, tiles) of those powers
-    "partials",  # (G, tiles, 8, K) W^T carried
+    "partials",  # (G, tiles, used, K) W^T carried
     "adjoint",  # (G, 8, K) A^T y
     "responses",  # (G, blocks, 8, T), then (G, 8, T): sums over channels of conj(A^T y) x
     "turned",  # (G, 8, T) exp(-i w . tau_t) at the new frequency
@@ -45,11 +48,11 @@ SYMBOL_FIELDS = (
 _FIRST = len(FIELDS) + len(ADDED)
 PHASES, TAP_TABLE, ROOT_TABLE = (tl.constexpr(_FIRST + i) for i in range(3))
 GRID_0, GRID_1, GRID_2 = (tl.constexpr(_FIRST + i) for i in range(3, 6))
-TILES, BLOCKS, COUNTER = (tl.constexpr(_FIRST + i) for i in range(6, 9))
-Z, Z_SCALED, Z_CENTRE = (tl.constexpr(_FIRST + i) for i in range(9, 12))
-PRODUCT, IMAGE, CARRIED, EXPONENTS = (tl.constexpr(_FIRST + i) for i in range(12, 16))
-PARTIALS, ADJOINT, RESPONSES, TURNED = (tl.constexpr(_FIRST + i) for i in range(16, 20))
-SCRATCH, FRESH, LENGTHS, VALUES = (tl.constexpr(_FIRST + i) for i in range(20, 24))
+TILES, BLOCKS, PARTS, USED, COUNTER = (tl.constexpr(_FIRST + i) for i in range(6, 11))
+Z, Z_SCALED, Z_CENTRE = (tl.constexpr(_FIRST + i) for i in range(11, 14))
+PRODUCT, IMAGE, CARRIED, EXPONENTS = (tl.constexpr(_FIRST + i) for i in range(14, 18))
+PARTIALS, ADJOINT, RESPONSES, TURNED = (tl.constexpr(_FIRST + i) for i in range(18, 22))
+SCRATCH, FRESH, LENGTHS, VALUES = (tl.constexpr(_FIRST + i) for i in range(22, 26))
 SYMBOL_WIDTH = tl.constexpr(_FIRST + len(SYMBOL_FIELDS))
 
 F = tl.constexpr(CANDIDATES)
@@ -71,7 +74,7 @@ class SymbolWork:
         operators: Descriptors, int64, ``(n, SYMBOL_WIDTH)``.
         tap_table: int32, per tap three offsets and a phase.
         roots: float32, per axis of a grid of N points the N-th roots of one.
-        vectors: (operator, group, candidate) per program of the first launch.
+        vectors: (operator, group, candidate) per program of the first launch; a matrix has one.
         tiles: (operator, group, tile, first row, last row) per program of the pass.
         blocks: (operator, group, block of channels) per program of the last launch.
         readings: The same, one per group, where nothing is to move.
@@ -93,7 +96,7 @@ class SymbolWork:
 
 
 def symbol_work(table: OperatorTable) -> SymbolWork:
-    """The work of all operators that the table gives to the symbol engine, if there are any."""
+    """The work of all operators that the symbol engine's launches run, if there are any."""
     planner = _Planner(table)
     for i in rows_of_engine(table, "symbol"):
         planner.add(i)
@@ -125,6 +128,7 @@ class _Planner(Planner):
         phases = math.prod(row[f"stride_{a}"] for a in range(3))
         height = rows_per_tile(rows, columns)
         tiles, blocks = -(-rows // height), -(-channels // BLOCK_CHANNELS)
+        parts, used = (2, PLANES.value) if row["axes"] else (1, 1)
         grid = self._grid(row)
         tap_table = len(self.taps)
         self._add_taps(row)
@@ -133,12 +137,13 @@ class _Planner(Planner):
         values = {
             "phases": phases, "tap_table": tap_table * TAP_WIDTH.value,
             "root_table": self._roots(grid), "grid_0": grid[0], "grid_1": grid[1],
-            "grid_2": grid[2], "tiles": tiles, "blocks": blocks, "counter": counter, "z": z,
+            "grid_2": grid[2], "tiles": tiles, "blocks": blocks, "parts": parts, "used": used,
+            "counter": counter, "z": z,
             "z_scaled": z if row["column_scale"] < 0 else take(groups * 8 * columns),
             "z_centre": take(groups * 8 * rows) if row["identity"] else -1,
             "product": take(groups * 8 * rows), "image": take(groups * 8 * rows),
             "carried": take(groups * 8 * rows), "exponents": take(groups * tiles),
-            "partials": take(groups * tiles * 8 * columns),
+            "partials": take(groups * tiles * used * columns),
             "adjoint": take(groups * 8 * columns),
             "responses": take(groups * (blocks + 1) * 8 * taps),
             "turned": take(groups * 8 * taps),
@@ -148,7 +153,7 @@ class _Planner(Planner):
         }  # fmt: skip
         self.describe(row, values)
         for g in range(groups):
-            self.vectors += [[op, g, f] for f in range(CANDIDATES)]
+            self.vectors += [[op, g, f] for f in range(min(CANDIDATES, used))]
             self.blocks += [[op, g, b] for b in range(blocks)]
             self.readings.append([op, g, 0])
             for tile in range(tiles):

@@ -47,6 +47,10 @@ class Network:
         """One tensor per slot of the plan."""
         return [self.tensors[ref] for ref in plan.slots]
 
+    @property
+    def convolutions(self) -> list[Region]:
+        return [region for region in self.regions if isinstance(region.primitive, Conv)]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Network:
         """A network whose weights, but not its scales, are changed."""
         weights = {region.primitive.weight for region in self.regions}  # type: ignore[union-attr]
@@ -130,6 +134,23 @@ def diagonals() -> Network:
     )  # fmt: skip
 
 
+def heads() -> Network:
+    """Matrices beside convolutions, as heads and between them: more rows than a tile and fewer,
+    scales with and without identity, one at several positions."""
+    first, second = conv("first", (6, 5, 3, 3), (6, 5)), matrix("head", 33, 70)
+    third = scaled(matrix("scaled_head", 9, 9), gain=-0.5, identity=1.5)
+    return (
+        first + second + third + scaled(matrix("tall_head", 41, 6, (3,)))
+        + scaled(conv("depthwise_second", (4, 1, 3, 3), (4, 4), groups=4)) + matrix("row", 1, 7)
+    )  # fmt: skip
+
+
+def mixed_heads() -> Network:
+    """A convolution and a matrix in bfloat16, and a scaled matrix in float32."""
+    half = (conv("small", (4, 3, 3, 2), (4, 3)) + matrix("head", 33, 70)).map(Tensor.bfloat16)
+    return half + scaled(matrix("scaled_head", 9, 9), gain=-0.5, identity=1.5)
+
+
 def tap_major(weight: Tensor) -> Tensor:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
     return weight if last is None else weight.contiguous(memory_format=last)
@@ -202,6 +223,9 @@ def _cases() -> dict[str, Network]:
     cases["plain, float16"] = cases["plain"].map(torch.Tensor.half)
     cases["sliced"] = cases["plain"].map(lambda w: torch.stack((w, w), -1)[..., 0])
     cases["tied"] = tied()
+    cases["head"] = cases["plain"] + cases["matrix_positions"]
+    cases["heads"], cases["heads, mixed dtypes"] = heads(), mixed_heads()
+    cases["heads, bfloat16"] = cases["heads"].map(Tensor.bfloat16)
     cases["many"] = cases["scaled"] + cases["depthwise"] + cases["line"] + cases["wide"] + tied()
     return cases
 
@@ -210,9 +234,14 @@ CASES = _cases()
 
 
 def runnable(engine: str) -> list[str]:
-    """Cases that the engine itself runs; one that refuses a region hands it to ``operator``."""
+    """Cases whose convolutions the engine itself runs, or whose matrices where there are no others:
+    one that refuses a region hands it to ``operator``."""
 
     def runs(region: Region) -> bool:
         return get_engine(engine).refusal(region) is None
 
-    return [name for name, network in CASES.items() if all(map(runs, network.regions))]
+    return [
+        name
+        for name, network in CASES.items()
+        if all(map(runs, network.convolutions or network.regions))
+    ]

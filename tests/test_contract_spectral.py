@@ -21,7 +21,7 @@ from lmtfast.backends.reference import Leaves
 from lmtfast.composing import compose_with_jacobian
 from lmtfast.engines import ENGINES, get_engine, polyphase, separable, symbol
 from lmtfast.errors import DtypeError, ShapeError
-from lmtfast.graph import BoundGraph, Conv, Instruction, Region, RegionNode
+from lmtfast.graph import BoundGraph, Conv, Instruction, Linear, Region, RegionNode
 from lmtfast.plan import BoundPlan, make_plan
 from tests.conftest import TRITON_DEVICE
 from tests.emulation import emulated
@@ -44,10 +44,11 @@ PROVIDERS = (
     Provider("triton", TRITON_DEVICE, swift, TRITON_DEVICE == "cpu"),
 )  # fmt: skip
 # Between them: odd sizes, strides, dilation, uneven padding, groups, depthwise, transposed,
-# circular, scales and identity, tap-major bfloat16, a shared weight, a matrix.
+# circular, scales and identity, tap-major bfloat16, a shared weight, a matrix, matrices beside
+# convolutions.
 BRIEF = frozenset({
     "uneven", "dilated", "identity_groups", "depthwise_pair", "transposed", "circular_strided",
-    "wide, bfloat16, tap-major", "tied", "matrix_scaled",
+    "wide, bfloat16, tap-major", "tied", "matrix_scaled", "heads, mixed dtypes",
 })  # fmt: skip
 
 
@@ -104,7 +105,8 @@ class Run:
     def __init__(self, provider: Provider, engine: str, network: Network) -> None:
         self.plan: BoundPlan = network.plan(engine, provider.backend)
         self.module: ModuleType = backends.backend_module(provider.backend)
-        self.network, self.engine, self.device = network, get_engine(engine), provider.device
+        self.network, self.device = network, provider.device
+        self.engines = [get_engine(name) for name in self.plan.engines]
         self.tensors = [t.to(provider.device) for t in network.values(self.plan)]
         self.leaves = {r: t.double() for r, t in network.tensors.items()}
         assert len(self.plan.table.compiled) == len(network.regions)
@@ -136,17 +138,15 @@ class Run:
 
     def reference(self, state: Tensor, *, update: bool = True) -> list:
         weights = Leaves(self.leaves)
-        return [
-            self.engine.step(region, weights, part.double(), update=update)
-            for region, part in zip(self.network.regions, self.parts(state), strict=True)
-        ]
+        parts = zip(self.engines, self.network.regions, self.parts(state), strict=True)
+        return [e.step(region, weights, p.double(), update=update) for e, region, p in parts]
 
     def reference_vjp(self, state: Tensor, grad: Tensor, *, update: bool) -> list[Tensor]:
         """In the order of the slots, at the vectors that the reference saves."""
         variables = {r: t.requires_grad_() for r, t in self.leaves.items()}
         total = {r: torch.zeros_like(t) for r, t in self.leaves.items()}
         for i, result in enumerate(self.reference(state, update=update)):
-            found = self.engine.vjp(self.network.regions[i], variables, result.saved)
+            found = self.engines[i].vjp(self.network.regions[i], variables, result.saved)
             for ref, part in found.items():
                 total[ref] = total[ref] + grad[i].double() * part
         self.leaves = {r: t.detach() for r, t in self.leaves.items()}
@@ -159,7 +159,7 @@ class Run:
 def assert_same_iterate(name: str, region: Region, got: Tensor, want: Tensor) -> None:
     """Equality up to what the engine leaves free: scale, conjugation, a change of basis."""
     got, want = got.double(), want.double()
-    if name == "operator":
+    if name == "operator" or isinstance(region.primitive, Linear):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         return
     form = polyphase.conv_form(region)
@@ -231,7 +231,7 @@ def test_threads_and_repetition_change_no_bit(provider: Provider, engine: str, c
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@each(["plain", "scaled_groups", "many", "tied"])
+@each(["plain", "scaled_groups", "many", "tied", "heads"])
 def test_only_wanted_gradients(provider: Provider, engine: str, case: str) -> None:
     run = Run(provider, engine, CASES[case])
     saved, grad = run.step(run.start())[2], torch.ones(len(run.network.regions))
@@ -244,7 +244,7 @@ def test_only_wanted_gradients(provider: Provider, engine: str, case: str) -> No
     assert run.vjp(saved, grad, [False] * len(run.tensors)) == [None] * len(run.tensors)
 
 
-@each(["plain", "wide", "depthwise", "strided", "tall", "transposed"])
+@each(["plain", "wide", "depthwise", "strided", "tall", "transposed", "head"])
 @pytest.mark.parametrize("exponent", [-100, 90])
 def test_tiny_and_huge_weights(provider: Provider, engine: str, case: str, exponent: int) -> None:
     network = CASES[case]
@@ -259,7 +259,7 @@ def test_tiny_and_huge_weights(provider: Provider, engine: str, case: str, expon
             network.regions, plain.parts(want[1]), other.parts(got[1]), strict=True
         ):
             assert_same_iterate(engine, region, b, a)
-        grad = torch.ones(1)
+        grad = torch.ones(len(network.regions))
         torch.testing.assert_close(
             other.vjp(got[2], grad), plain.vjp(want[2], grad), rtol=1e-4, atol=1e-4
         )
@@ -283,7 +283,7 @@ def test_rows_of_every_magnitude(provider: Provider, engine: str) -> None:
         assert (run.step(state, update=False)[0].double() / want - 1).abs().max() < 1e-5
 
 
-@each(["plain", "wide", "depthwise", "identity", "strided", "transposed"])
+@each(["plain", "wide", "depthwise", "identity", "strided", "transposed", "head"])
 def test_zero_weights_and_zero_iterates(provider: Provider, engine: str, case: str) -> None:
     network = CASES[case].map(torch.zeros_like) if case != "identity" else CASES[case]
     run = Run(provider, engine, network)
@@ -294,10 +294,11 @@ def test_zero_weights_and_zero_iterates(provider: Provider, engine: str, case: s
         if case != "identity":
             assert (sigmas == 0).all()
             assert (want == 0).all()
-        assert all(g.isfinite().all() for g in run.vjp(saved, torch.ones(1)))
+        grad = torch.ones(len(run.network.regions))
+        assert all(g.isfinite().all() for g in run.vjp(saved, grad))
 
 
-@each(["plain", "wide", "depthwise", "tall", "transposed", "line"])
+@each(["plain", "wide", "depthwise", "tall", "transposed", "line", "head"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_reaches_sigma(
     provider: Provider, engine: str, case: str, value: float
@@ -313,11 +314,12 @@ def test_what_is_not_finite_reaches_sigma(
     assert not sigmas.isfinite().any()
     assert not run.step(state, update=False)[0].isfinite().any()
     assert new.isfinite().all()
-    if len(new) and CASES[case].regions[0].primitive.groups == 1:  # type: ignore[union-attr]
-        assert_same_iterate(engine, run.network.regions[0], new, state / state.norm())
+    for region, a, b in zip(run.network.regions, run.parts(new), run.parts(state), strict=True):
+        if getattr(region.primitive, "groups", 1) == 1:
+            assert_same_iterate(engine, region, a, b / b.norm())
 
 
-@each(["plain", "wide", "tall", "wide, bfloat16", "many", "line", "identity_groups"])
+@each(["plain", "wide", "tall", "wide, bfloat16", "many", "line", "identity_groups", "heads"])
 def test_reads_nothing_beside_its_tensors(provider: Provider, engine: str, case: str) -> None:
     """Every tensor lies between NaN, which would show in the results if it were read."""
     run = Run(provider, engine, CASES[case])
@@ -379,9 +381,9 @@ def test_many_steps_reach_what_the_reference_reaches(provider: Provider, engine:
     weights = Leaves(run.leaves)
     for _ in range(60):
         state = run.step(state)[1]
-        want = run.engine.step(network.regions[0], weights, want, update=True).state
+        want = run.engines[0].step(network.regions[0], weights, want, update=True).state
     reached = run.step(state, update=False)[0].item()
-    goal = run.engine.step(network.regions[0], weights, want, update=False).sigma.item()
+    goal = run.engines[0].step(network.regions[0], weights, want, update=False).sigma.item()
     assert reached == pytest.approx(goal, rel=2e-2)
 
 
@@ -408,7 +410,7 @@ def exact_vjp(provider: Provider, case: str) -> tuple[list[Tensor], list[Tensor]
         for shape in (region.out_shape, region.in_shape)
     )
     saved = torch.cat((u.flatten(), v.flatten())).float().to(provider.device)
-    want = run.engine.vjp(region, run.leaves, (u, v))
+    want = run.engines[0].vjp(region, run.leaves, (u, v))
     return run.vjp(saved, torch.ones(1)), [want[ref] for ref in run.plan.slots]
 
 

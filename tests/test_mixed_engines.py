@@ -33,6 +33,13 @@ def several() -> Network:
     return network + conv("depthwise_last", (3, 1, 3, 3), (4, 4), groups=3)
 
 
+def matrices() -> Network:
+    """One alone, one with scales, one whose weight serves twice, with and without scales."""
+    shared = scaled(matrix("shared", 9, 9), identity=0.5)
+    network = uses(6) + matrix("plain", 13, 40) + scaled(matrix("scaled", 34, 7)) + shared
+    return network + matrix("shared", 9, 9) + CASES["transposed"]
+
+
 def heads() -> Network:
     """Matrices: one row, one column, rows of several tiles, scales and identity, bfloat16, zero."""
     return (
@@ -59,6 +66,12 @@ MIXED = {
     ),
     "heads": (heads() + convolutions(), (*HEADS, "separable", "separable")),
     "heads of two": (convolutions() + heads(), ("symbol", "separable", *HEADS)),
+    "matrices": (
+        matrices(), ("operator", "symbol", "separable", *["operator"] * 4, "symbol"),
+    ),
+    "matrices without symbol": (
+        matrices(), ("operator", "separable", "separable", *["operator"] * 5),
+    ),
 }  # fmt: skip
 
 
@@ -104,7 +117,7 @@ def each(*cases: str) -> pytest.MarkDecorator:
         [
             pytest.param(
                 p, case, id=f"{p.backend}-{case}",
-                marks=[pytest.mark.slow] * (p.slow and case != "uses"),
+                marks=[pytest.mark.slow] * (p.slow and case not in ("uses", "matrices")),
             )
             for p in dict.fromkeys(p for p, _ in PAIRS) for case in cases
         ],

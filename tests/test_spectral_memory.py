@@ -12,7 +12,7 @@ from tests.test_contract_spectral import PAIRS, Provider, Run
 
 # Between them: the ends of tiles, groups, scales and identity, a shared weight, 16-bit gradients.
 BRIEF = ("identity_groups", "wide, bfloat16, tap-major")
-NAMES = (*BRIEF, "tied", "strided", "tall", "depthwise", "scaled_transposed")
+NAMES = (*BRIEF, "tied", "strided", "tall", "depthwise", "scaled_transposed", "heads")
 NETWORKS = {name: CASES[name] for name in NAMES} | {"diagonals": diagonals()}
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lmtfast import backends
-from lmtfast.graph import ParameterRef
+from lmtfast.graph import Linear, ParameterRef
 from lmtfast.table import OperatorTable
 from tests.conftest import TRITON_DEVICE
-from tests.spectral_cases import CASES, Network, diagonal, diagonals
+from tests.spectral_cases import CASES, Network, conv, diagonal, diagonals, matrix, scaled
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -31,6 +31,12 @@ GRADIENTS = {
     "symbol": ["symbol_gradient"],
     "separable": ["separable_overlap", "separable_gradient", "symbol_gradient"],
     "operator": ["operator_gradient", "symbol_gradient"],
+}
+WITH_MATRICES = {
+    "head": CASES["plain"] + matrix("head", 10, 7),
+    "scaled head": CASES["plain"] + scaled(matrix("head", 10, 7)),
+    "heads": CASES["heads"],
+    "diagonals": diagonals() + matrix("head", 10, 7),
 }
 NETWORKS = {"scaled": CASES["scaled"], "many": CASES["many"], "diagonals": diagonals()}
 
@@ -61,16 +67,38 @@ def gradient(table: OperatorTable, tensors: list[Tensor]) -> None:
     module.spectral_vjp(table, tensors, saved, grad, [True] * len(tensors))
 
 
+def assert_launches(network: Network, engine: str, runs: list[str], launched: list[str]) -> None:
+    """Those of the engines that run a network; gradients in scales come with the last one."""
+    for k, update in enumerate((True, False)):
+        launched.clear()
+        table, tensors = step(network, engine, update=update)
+        assert launched == [name for e in runs for name in STEPS[e][k]]
+    launched.clear()
+    gradient(table, tensors)
+    assert launched == [*(n for e in runs for n in GRADIENTS[e][:-1]), "symbol_gradient"]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("engine", STEPS)
 def test_launches_of_a_network(name: str, engine: str, launched: list[str]) -> None:
-    for update, names in zip((True, False), STEPS[engine], strict=True):
-        launched.clear()
-        table, tensors = step(NETWORKS[name], engine, update=update)
-        assert launched == names
-    launched.clear()
-    gradient(table, tensors)
-    assert launched == GRADIENTS[engine]
+    assert_launches(NETWORKS[name], engine, [engine], launched)
+
+
+@pytest.mark.parametrize("name", WITH_MATRICES)
+def test_matrices_take_no_launch_of_their_own_beside_symbol(name: str, launched: list[str]) -> None:
+    assert_launches(WITH_MATRICES[name], "symbol", ["symbol"], launched)
+
+
+def test_launches_of_matrices_beside_other_operators(launched: list[str]) -> None:
+    network = WITH_MATRICES["heads"]
+    matrices = [r for r in network.regions if isinstance(r.primitive, Linear)]
+    assert_launches(Network(matrices, network.tensors), "symbol", ["operator"], launched)
+    assert_launches(network, "separable", ["operator", "separable"], launched)
+    # A circular convolution that makes its input smaller is none of symbol's.
+    shrinking = conv(
+        "shrinking", (4, 5, 3, 3), (6, 7), padding=((1, 0), (0, 1)), padding_mode="circular"
+    )
+    assert_launches(network + shrinking, "symbol", ["operator", "symbol"], launched)
 
 
 @pytest.mark.parametrize("update", [True, False])

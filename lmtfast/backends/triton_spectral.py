@@ -36,7 +36,8 @@ def spectral_step(
     table: OperatorTable, tensors: Sequence[Tensor], state: Tensor, *, update: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of every operator that the table marks as compiled: three launches of each engine,
-    two of power iteration where nothing is to move. Diagonal maps come with the first.
+    two of power iteration where nothing is to move. Diagonal maps come with the first, the
+    matrices of power iteration with ``symbol`` where that runs any operator.
 
     Arguments and results are those of :func:`lmtfast.backends.native_spectral.spectral_step`, on
     a GPU; weights may be float16 as well.
