@@ -223,7 +223,9 @@ def _cases() -> dict[str, Network]:
     cases["plain, float16"] = cases["plain"].map(torch.Tensor.half)
     cases["sliced"] = cases["plain"].map(lambda w: torch.stack((w, w), -1)[..., 0])
     cases["tied"] = tied()
-    cases["head"] = cases["plain"] + cases["matrix_positions"]
+    small = conv("small", (4, 3, 3, 2), (4, 3))
+    cases["head"] = small + cases["matrix_positions"]
+    cases["wide head"] = small + scaled(matrix("wide_head", 40, 1032))
     cases["heads"], cases["heads, mixed dtypes"] = heads(), mixed_heads()
     cases["heads, bfloat16"] = cases["heads"].map(Tensor.bfloat16)
     cases["many"] = cases["scaled"] + cases["depthwise"] + cases["line"] + cases["wide"] + tied()

@@ -129,6 +129,32 @@ BUGS = (
         SPECTRAL, "triton-symbol and gradients",
     ),
     Bug(
+        "triton matrix: exponent of the image lost", "kernels/matrix.py",
+        "* power_of_two(exponent).to(tl.float64)", "* 1.0",
+        SPECTRAL, "triton-symbol and steps and heads",
+    ),
+    Bug(
+        "triton matrix: planes that it does not have", "kernels/symbol_pass.py",
+        "(k < columns)[None, :] & (plane < used)[:, None], other=0.0,",
+        "(k < columns)[None, :], other=0.0,",
+        MEMORY, "triton-symbol and heads",
+    ),
+    Bug(
+        "triton matrix: complex entries of a real state", "kernels/symbol_pass.py",
+        "at = parts * (phase", "at = 2 * (phase",
+        SPECTRAL, "triton-symbol and steps and heads",
+    ),
+    Bug(
+        "triton matrix: no weights end the iteration", "kernels/matrix.py",
+        'if (sigma > 0) & (sigma < float("inf")):', 'if sigma < float("inf"):',
+        SPECTRAL, "triton-symbol and zero and head",
+    ),
+    Bug(
+        "triton matrix: column scale lost in the row scale's gradient", "kernels/matrix.py",
+        "x *= scale_of(saved, tl.load(row + COLUMN_SCALE), c, c < columns)", "x *= 1.0",
+        SPECTRAL, "triton-symbol and gradients and heads",
+    ),
+    Bug(
         "triton separable: stride lost", "kernels/separable_grid.py",
         "p // (o1 * o2) * s0, p // o2 % o1 * s1, p % o2 * s2",
         "p // (o1 * o2) * s0, p // o2 % o1, p % o2",

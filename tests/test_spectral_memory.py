@@ -10,8 +10,9 @@ from torch import Tensor
 from tests.spectral_cases import CASES, diagonals
 from tests.test_contract_spectral import PAIRS, Provider, Run
 
-# Between them: the ends of tiles, groups, scales and identity, a shared weight, 16-bit gradients.
-BRIEF = ("identity_groups", "wide, bfloat16, tap-major")
+# Between them: the ends of tiles, groups, scales and identity, a shared weight, 16-bit gradients,
+# matrices beside convolutions.
+BRIEF = ("identity_groups", "wide, bfloat16, tap-major", "heads, mixed dtypes")
 NAMES = (*BRIEF, "tied", "strided", "tall", "depthwise", "scaled_transposed", "heads")
 NETWORKS = {name: CASES[name] for name in NAMES} | {"diagonals": diagonals()}
 
@@ -20,9 +21,12 @@ class Allocations:
     """Memory that a call asks for: filled with what must not be used, between guards."""
 
     BAND, GUARD = 64, 0x5A
+    # NaN in every type of float and -1 in every integer; numbers so large that sums stay finite.
+    FILLS = (0xFF, 0x7C)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fill: int) -> None:
         self.whole: list[Tensor] = []
+        self.fill = fill
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
             monkeypatch.setattr(owner, name, self.guarded(getattr(owner, name)))
 
@@ -34,8 +38,7 @@ class Allocations:
             size = plain.numel() * plain.element_size()
             whole = empty(size + 2 * self.BAND, dtype=torch.uint8, device=plain.device)
             whole.fill_(self.GUARD)
-            # NaN in every type of float, -1 in every type of integer.
-            whole[self.BAND : self.BAND + size] = 0xFF
+            whole[self.BAND : self.BAND + size] = self.fill
             self.whole.append(whole)
             inner = whole[self.BAND : self.BAND + size].view(plain.dtype)
             return inner.as_strided(plain.shape, plain.stride())
@@ -71,8 +74,9 @@ def test_memory_that_a_call_asks_for(
             return [sigmas, new, saved.cpu(), *run.vjp(saved, grad)]
 
         want = results()
-        with monkeypatch.context() as patch:
-            allocations = Allocations(patch)
-            got = results()
-            allocations.check()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        for fill in Allocations.FILLS:
+            with monkeypatch.context() as patch:
+                allocations = Allocations(patch, fill)
+                got = results()
+                allocations.check()
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
