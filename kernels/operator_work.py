@@ -92,7 +92,7 @@ class OperatorWork:
 
 
 def operator_work(table: OperatorTable) -> OperatorWork | None:
-    """The work of all operators that the table gives to power iteration; None if there are none."""
+    """The work of all operators that power iteration's launches run; None if there are none."""
     numbers = rows_of_engine(table, "operator")
     if not numbers:
         return None

@@ -64,7 +64,7 @@ def _call(step: Step, work: OperatorWork) -> _Call:
 
 
 def operator_step(step: Step) -> None:
-    """The launches of one step of every operator that the table gives to power iteration."""
+    """The launches of one step of power iteration; matrices beside ``symbol`` are in that one's."""
     work = step.network.operator
     if work is None:
         return
