@@ -227,7 +227,6 @@ def _cases() -> dict[str, Network]:
     cases["head"] = small + cases["matrix_positions"]
     cases["wide head"] = small + scaled(matrix("wide_head", 40, 1032))
     cases["heads"], cases["heads, mixed dtypes"] = heads(), mixed_heads()
-    cases["heads, bfloat16"] = cases["heads"].map(Tensor.bfloat16)
     cases["many"] = cases["scaled"] + cases["depthwise"] + cases["line"] + cases["wide"] + tied()
     return cases
 

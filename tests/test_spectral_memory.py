@@ -13,7 +13,7 @@ from tests.test_contract_spectral import PAIRS, Provider, Run
 # Between them: the ends of tiles, groups, scales and identity, a shared weight, 16-bit gradients,
 # matrices beside convolutions.
 BRIEF = ("identity_groups", "wide, bfloat16, tap-major", "heads, mixed dtypes")
-NAMES = (*BRIEF, "tied", "strided", "tall", "depthwise", "scaled_transposed", "heads")
+NAMES = (*BRIEF, "tied", "strided", "tall", "depthwise", "scaled_transposed")
 NETWORKS = {name: CASES[name] for name in NAMES} | {"diagonals": diagonals()}
 
 
