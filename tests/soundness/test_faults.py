@@ -41,7 +41,11 @@ def surveyed(shim: Path, folder: Path, kind: str, stride: int) -> dict[str, Any]
     environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    # Builds for CUDA, whose processes are forked after a backward pass here.
+    if any("Autograd-and-Fork" in remark for remark in found["wrong"]):
+        pytest.skip("this build of torch refuses backward passes in forked processes")
+    return found
 
 
 def test_twenty_points(shim: Path, tmp_path: Path) -> None:
