@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 namespace lmtfast {
 namespace {
@@ -127,16 +128,21 @@ int64_t saved_entries(const lmtfast_op_row& row) {
 void validate(const lmtfast_network& net, const lmtfast_tensor* tensors, int64_t n_tensors) {
   require(net.n_rows >= 0, "n_rows >= 0", net.n_rows, "n_rows");
   require(net.n_rows == 0 || net.rows, "non-null rows", 0, "rows");
+  require(n_tensors >= 0, "n_tensors >= 0", n_tensors, "n_tensors");
   require(n_tensors == 0 || tensors, "non-null tensors", 0, "tensors");
   require(net.n_scales >= 0, "n_scales >= 0", net.n_scales, "n_scales");
   require(net.n_scales == 0 || net.scales, "non-null scales", 0, "scales");
   require(net.scale_size >= 0 && net.scale_size <= net.saved_size, "0 <= scale_size <= saved_size",
           net.scale_size, "scale_size");
+  std::vector<char> weights(static_cast<size_t>(n_tensors));
   for (int64_t i = 0; i < net.n_rows; ++i) {
     const lmtfast_op_row& row = net.rows[i];
     require_in(row.kind >= LMTFAST_ELSEWHERE && row.kind <= LMTFAST_DIAGONAL, "kind 0, 1 or 2",
                row.kind, "rows.kind", i);
-    if (row.kind == LMTFAST_STENCIL) validate_row(net, tensors, n_tensors, i);
+    if (row.kind == LMTFAST_STENCIL) {
+      validate_row(net, tensors, n_tensors, i);
+      weights[static_cast<size_t>(row.weight_slot)] = 1;
+    }
     if (row.kind == LMTFAST_DIAGONAL) {
       require_in(row.groups == 1, "one group", row.groups, "rows.groups", i);
       require_in(row.rows >= 1 && row.row_scale >= 0 && row.rows <= net.scale_size - row.row_scale,
@@ -147,13 +153,15 @@ void validate(const lmtfast_network& net, const lmtfast_tensor* tensors, int64_t
     const lmtfast_scale_row& s = net.scales[i];
     require_in(s.offset >= 0 && s.length >= 0 && s.length <= net.scale_size - s.offset,
                "a stretch of the scale buffer", s.offset, "scales.offset", i);
-    if (s.slot != -1) {
-      require_tensor(tensors, n_tensors, s.slot, s.length, false, "scales.slot", i);
-    }
-    if (s.variance_slot != -1) {
-      require_tensor(tensors, n_tensors, s.variance_slot, s.length, false, "scales.variance_slot",
-                     i);
-    }
+    const auto require_scale = [&](int64_t slot, const char* field) {
+      if (slot == -1) return;
+      require_tensor(tensors, n_tensors, slot, s.length, false, field, i);
+      // Gradients are written as those of weights or as those of scales.
+      require_in(weights[static_cast<size_t>(slot)] == 0, "a tensor that is no operator's weight",
+                 slot, field, i);
+    };
+    require_scale(s.slot, "scales.slot");
+    require_scale(s.variance_slot, "scales.variance_slot");
   }
 }
 

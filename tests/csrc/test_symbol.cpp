@@ -294,6 +294,22 @@ void check_refusals() {
                                 sigmas.data(), saved.data(), 1) == LMTFAST_INVALID_ARGUMENT);
     CHECK(std::strstr(lmtfast_last_error(), "rows") != nullptr);
   }
+  // A scale that is an operator's weight.
+  Problem q;
+  const lmtfast_scale_row scale{0, 1, 2, -1, 0, 0.0, 1.0};
+  q.network.scales = &scale;
+  q.network.n_scales = q.network.scale_size = 1;
+  for (lmtfast_op_row& own : q.rows) ++own.saved_offset;
+  ++q.network.saved_size;
+  Floats kept = guarded(q.network.saved_size);
+  const auto call = [&] {
+    return lmtfast_spectral_step(&q.network, q.tensors.data(), q.network.n_rows, state.data(),
+                                 nullptr, sigmas.data(), kept.data() + kGuards, 1);
+  };
+  CHECK(call() == LMTFAST_INVALID_ARGUMENT);
+  CHECK(std::strstr(lmtfast_last_error(), "scales.slot[0]") != nullptr);
+  q.network.n_scales = 0;
+  CHECK(call() == LMTFAST_OK);
 }
 
 }  // namespace

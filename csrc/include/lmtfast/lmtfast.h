@@ -149,7 +149,7 @@ typedef struct lmtfast_network {
   int64_t state_size; /* entries of the iterates, those of operators run elsewhere included */
 } lmtfast_network;
 
-/* A dense tensor. Only weights may be bfloat16 or tap-major; scales are float32. */
+/* A dense tensor. Only weights may be bfloat16 or tap-major; scales are float32. None is both. */
 typedef struct lmtfast_tensor {
   void* data; /* NULL: absent */
   int64_t dtype;
