@@ -52,7 +52,7 @@ struct SymbolOperator {
   void repeat_terms(const Complex* terms, float* panel) const;
   void sum_taps(const float* panel, Complex* terms) const;
   // From an iterate (P C, 2), its real or its imaginary parts, to the entries of a weight row that
-  // read them, and back as sums over the taps. `line` has a block of slack.
+  // read them, and back as sums over the taps. spread may write less than a block past the row.
   void spread(const float* x, const float* scale, float* line) const;
   void collect(const float* line, const float* scale, float* x) const;
 };
