@@ -47,7 +47,7 @@ TAPE_FIELDS = ("operation", "a", "b", "constant")
 # Terms of the separable engine's iterate: eight real columns are the symbol engine's four complex.
 RANK = 8
 # Candidate frequencies of the symbol engine per group.
-CANDIDATES = 4
+CANDIDATES = 2
 
 
 def bits(value: float) -> int:

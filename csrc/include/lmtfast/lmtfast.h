@@ -101,7 +101,7 @@ typedef enum lmtfast_engine {
 } lmtfast_engine;
 
 /* Candidate frequencies of the symbol engine per group, and the largest rank of the separable one. */
-#define LMTFAST_CANDIDATES 4
+#define LMTFAST_CANDIDATES 2
 #define LMTFAST_RANK 8
 
 /* The scale buffer starts as ones; each row multiplies entries [offset, offset + length), in order,

@@ -10,7 +10,7 @@
 namespace lmtfast::cpu {
 
 constexpr int kBlock = 16;
-constexpr int kPanelColumns = 8;
+constexpr int kPanelColumns = 4;
 constexpr int kPanelBlock = kBlock * kPanelColumns;
 
 inline int64_t blocks_of(int64_t entries) { return (entries + kBlock - 1) / kBlock; }

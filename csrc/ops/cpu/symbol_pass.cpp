@@ -109,7 +109,7 @@ void pass(const SymbolRun& run, SymbolTile& tile) {
   const WeightPass& tail_kernels = weight_pass(LMTFAST_FLOAT32, best_isa());
   const int64_t whole = op.columns / kBlock, rest = op.columns % kBlock;
   const int64_t height =
-      std::clamp<int64_t>(kCachedBytes / (op.columns * op.weight_bytes()) / 3 * 3, 3, kRowBlock);
+      std::clamp<int64_t>(kCachedBytes / (op.columns * op.weight_bytes()) / 6 * 6, 6, kRowBlock);
   alignas(64) float tail[kRowBlock * kBlock] = {};
   alignas(64) float coefficients[kRowBlock * kPanelColumns];
   std::fill(tile.exponent, tile.exponent + kCandidates, kUnset);

@@ -77,30 +77,30 @@ LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begi
                                   const float* panel, const T* ahead, float* totals) {
   using Vector = typename Simd<lanes>::Vector;
   Vector sum[height][width];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
     for (int k = 0; k < width; ++k) sum[r][k] = Vector{};
   }
   for (int64_t b = begin; b < end; ++b) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < height; ++r) fetch(ahead + r * stride + (b - begin) * kBlock);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int s = 0; s < kBlock; s += lanes) {
       Vector w[height];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < height; ++r) load<lanes>(weights + r * stride + b * kBlock + s, w[r]);
 #pragma GCC unroll 8
       for (int k = 0; k < width; ++k) {
         Vector z;
         load<lanes>(panel + b * kPanelBlock + k * kBlock + s, z);
         hold(z);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < height; ++r) sum[r][k] += w[r] * z;
       }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
     for (int k = 0; k < width; ++k) {
@@ -173,13 +173,13 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
   const T* data = static_cast<const T*>(weights.data) + vector * lanes;
   const T* next = weights.next ? static_cast<const T*>(weights.next) + vector * lanes : data;
   float* at[height];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int j = 0; j < height; ++j) {
     at[j] = panel + (vector + j) / kPerBlock * kPanelBlock + (vector + j) % kPerBlock * lanes;
   }
   for (int k0 = 0; k0 < kPanelColumns; k0 += width) {
     Vector sum[height][width];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < height; ++j) {
 #pragma GCC unroll 8
       for (int k = 0; k < width; ++k) {
@@ -192,22 +192,22 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
     }
     for (int64_t r = 0; r < weights.rows; ++r) {
       Vector w[height];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < height; ++j) load<lanes>(data + r * weights.stride + j * lanes, w[j]);
       // Memory would be idle here: half of what multiply reads next. All of it would be more than
       // arrives meanwhile, and other loads would wait.
       if (k0 == 0 && r % 2 == 0) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < height; ++j) fetch(next + r * weights.stride + j * lanes);
       }
 #pragma GCC unroll 8
       for (int k = 0; k < width; ++k) {
         const float c = coefficients[r * kPanelColumns + k0 + k];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < height; ++j) sum[j][k] += w[j] * c;
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < height; ++j) {
 #pragma GCC unroll 8
       for (int k = 0; k < width; ++k) {
@@ -250,7 +250,7 @@ LMTFAST_PASS(baseline, , 1, 1, 4)
 #endif
 #if LMTFAST_X86_CLONES
 LMTFAST_PASS(avx2, __attribute__((target("avx2,fma"))), 8, 3, 4)
-LMTFAST_PASS(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), 16, 3, 8)
+LMTFAST_PASS(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), 16, 6, 4)
 #endif
 
 template <class T>
