@@ -13,9 +13,11 @@ from typing import Any
 from benchmarks.pieces import ComposeProblem, PairProblem
 from benchmarks.problems import LossProblem
 from benchmarks.providers import BACKENDS, ENGINES
+from lmtfast.table import CANDIDATES, RANK
 
-# Columns of the real product of a symbol or separable step: candidates or patterns of an operator.
-COLUMNS = 8
+# Columns of the real product of a step: candidates, re and im, or patterns of an operator. ``auto``
+# mixes engines.
+COLUMNS = {"symbol": 2 * CANDIDATES, "separable": RANK, "auto": 2 * CANDIDATES}
 FLOAT = 4
 
 
@@ -136,8 +138,8 @@ def work(problem: Any, mode: str, quantity: str) -> Work | None:
     if quantity == "operator":
         products = sum(layer.products for layer in problem.layers)
         return Work(moved, 2 * products * (3 if gradient else 2))
-    if quantity in ("symbol", "separable", "auto"):
-        return Work(moved, 2 * weights * (2 * COLUMNS + (2 if gradient else 0)))
+    if quantity in COLUMNS:
+        return Work(moved, 2 * weights * (2 * COLUMNS[quantity] + (2 if gradient else 0)))
     return None
 
 

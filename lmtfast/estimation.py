@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmtfast.autograd import spectral_norms
 from lmtfast.backends import choose_backend
+from lmtfast.backends.pair_norm import without_autocast
 from lmtfast.backends.reference import Leaves, effective_weight
 from lmtfast.bound import LipschitzBound, OperatorNorms
 from lmtfast.custom_ops import shared_plan
@@ -150,7 +151,7 @@ class NetworkBound(nn.Module):
             # Moved since: the engines and the layout of the iterates stay, the backend may not.
             self._make_plan(self.plan.graph, iterates.device, iterates.dtype)
         plan = self.plan
-        with torch.autocast(iterates.device.type, enabled=False):
+        with without_autocast(iterates.device):
             tensors = self._reader.tensors(iterates.dtype, self._batch_variance)
             sigmas, values, new = spectral_norms(plan, iterates, update, tensors)
             if update:

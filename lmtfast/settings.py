@@ -137,10 +137,20 @@ class Snapshot:
         self._tensors = _Entries(
             [(vars(s.module), *item) for s in settings for item in s.tensors.items()]
         )
+        compared = [
+            *self._modules,
+            *self._sized,
+            *self._attributes._values,
+            *map(itemgetter(2), items),
+        ]
+        self._compared = [*{id(item): item for item in compared}.values()]
 
     def unchanged(self) -> bool:
         """Whether every setting and shape is what it was; a microsecond per module."""
         attributes, shapes = self._attributes, self._shapes
+        # By now other work has driven these objects out of the caches. A copy of the list touches
+        # all of them, many at a time, where the comparisons would wait for one after another.
+        self._compared.copy()
         return (
             all(map(is_, map(type, self._modules), self._kinds))
             and all(map(is_, map(vars, self._modules), self._members))

@@ -44,7 +44,7 @@ PER_AXIS = ("in", "out", "kernel", "stride", "pad_low", "pad_high", "dilation")
 FIELDS = SCALARS + tuple(f"{name}_{axis}" for name in PER_AXIS for axis in range(AXES))
 SCALE_FIELDS = ("offset", "length", "slot", "variance_slot", "inverse", "eps", "constant")
 TAPE_FIELDS = ("operation", "a", "b", "constant")
-# Terms of the separable engine's iterate: eight real columns are the symbol engine's four complex.
+# Terms of the separable engine's iterate (docs/adr/0009).
 RANK = 8
 # Candidate frequencies of the symbol engine per group.
 CANDIDATES = 2

@@ -279,7 +279,7 @@ def test_candidates_of_a_search_lie_on_separate_peaks() -> None:
     region = conv_region(weight, (5, 9, 9))
     (state,) = symbol.reseed([region], weights_of(weight), [start(symbol, region)])
     w = symbol._unpack(polyphase.conv_form(region), state)[0][0]
-    for i in range(4):
+    for i in range(symbol.CANDIDATES):
         for j in range(i):
             for sign in (1, -1):  # weights are real: a peak at w is one at -w
                 gap = torch.remainder(w[i] - sign * w[j] + math.pi, 2 * math.pi) - math.pi

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -144,7 +145,8 @@ def providing(requested: str, function: str, purpose: str) -> ModuleType:
 
 def backend_module(name: str) -> ModuleType:
     """The module of a backend that :func:`choose_backend` has accepted."""
-    return importlib.import_module(_REGISTRY[name].module)
+    path = _REGISTRY[name].module
+    return sys.modules.get(path) or importlib.import_module(path)
 
 
 def _reference() -> tuple[bool, str]:

@@ -27,6 +27,9 @@ DOUBLE_PAIR_CLASSES = 256
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Distances cancel, so no automatic half precision, on devices that have it."""
+    # What a compiler traces does not ask: it may run under another setting.
+    if torch.compiler.is_compiling():
+        return torch.autocast(device.type, enabled=False)
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

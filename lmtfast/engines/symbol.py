@@ -49,8 +49,8 @@ name = "symbol"
 STALLED = 1e-3
 # Steps of the alternation after a scan of all frequencies.
 REFINE = 24
-# Frequencies of a scan that are climbed from before four are kept, and the steps of it: the order
-# of two points of a grid is not that of the peaks beside them.
+# Frequencies of a scan that are climbed from before the best are kept, and the steps of it: the
+# order of two points of a grid is not that of the peaks beside them.
 POOL, CLIMBS = 32, 8
 # Increments of the Kronecker sequence per axis: powers of the root of x^(axes + 1) = x + 1.
 _ROOTS = {1: 1.6180339887498949, 2: 1.3247179572447461, 3: 1.2207440846057596}

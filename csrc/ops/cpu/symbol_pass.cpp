@@ -11,6 +11,8 @@ namespace {
 
 // Bytes of weights that stay in the cache between the two products.
 constexpr int64_t kCachedBytes = 288 << 10;
+// A multiple of the rows of every instruction set's register blocks.
+constexpr int64_t kRowStep = 6;
 // A tile's sums are rescaled when the images outgrow their power of two by this many bits.
 constexpr int kHeadroom = 4;
 
@@ -108,8 +110,8 @@ void pass(const SymbolRun& run, SymbolTile& tile) {
   const WeightPass& kernels = weight_pass(op.weight->dtype, best_isa());
   const WeightPass& tail_kernels = weight_pass(LMTFAST_FLOAT32, best_isa());
   const int64_t whole = op.columns / kBlock, rest = op.columns % kBlock;
-  const int64_t height =
-      std::clamp<int64_t>(kCachedBytes / (op.columns * op.weight_bytes()) / 6 * 6, 6, kRowBlock);
+  const int64_t height = std::clamp<int64_t>(
+      kCachedBytes / (op.columns * op.weight_bytes()) / kRowStep * kRowStep, kRowStep, kRowBlock);
   alignas(64) float tail[kRowBlock * kBlock] = {};
   alignas(64) float coefficients[kRowBlock * kPanelColumns];
   std::fill(tile.exponent, tile.exponent + kCandidates, kUnset);

@@ -70,17 +70,17 @@ LMTFAST_INLINE void hold([[maybe_unused]] Vector& x) {
 #endif
 }
 
-// Blocks [begin, end) of `height` rows against `width` columns, added to totals[row][column][lane];
+// Blocks [begin, end) of `height` rows against all columns, added to totals[row][column][lane];
 // meanwhile as many of the rows from `ahead` on are fetched; some may be past the end of memory.
-template <int lanes, class T, int height, int width>
+template <int lanes, class T, int height>
 LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begin, int64_t end,
                                   const float* panel, const T* ahead, float* totals) {
   using Vector = typename Simd<lanes>::Vector;
-  Vector sum[height][width];
+  Vector sum[height][kPanelColumns];
 #pragma GCC unroll 8
   for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
-    for (int k = 0; k < width; ++k) sum[r][k] = Vector{};
+    for (int k = 0; k < kPanelColumns; ++k) sum[r][k] = Vector{};
   }
   for (int64_t b = begin; b < end; ++b) {
 #pragma GCC unroll 8
@@ -91,7 +91,7 @@ LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begi
 #pragma GCC unroll 8
       for (int r = 0; r < height; ++r) load<lanes>(weights + r * stride + b * kBlock + s, w[r]);
 #pragma GCC unroll 8
-      for (int k = 0; k < width; ++k) {
+      for (int k = 0; k < kPanelColumns; ++k) {
         Vector z;
         load<lanes>(panel + b * kPanelBlock + k * kBlock + s, z);
         hold(z);
@@ -103,7 +103,7 @@ LMTFAST_INLINE void multiply_tile(const T* weights, int64_t stride, int64_t begi
 #pragma GCC unroll 8
   for (int r = 0; r < height; ++r) {
 #pragma GCC unroll 8
-    for (int k = 0; k < width; ++k) {
+    for (int k = 0; k < kPanelColumns; ++k) {
       float* total = totals + (r * kPanelColumns + k) * lanes;
       Vector t;
       std::memcpy(&t, total, sizeof(t));
@@ -131,7 +131,7 @@ LMTFAST_INLINE void add_lanes(int64_t count, const float* from, float* sums) {
   }
 }
 
-template <int lanes, class T, int height, int width>
+template <int lanes, class T, int height>
 LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel, float* images) {
   alignas(64) float totals[kRowBlock * kPanelColumns * lanes];
   for (int64_t i = 0; i < weights.rows * kPanelColumns * lanes; ++i) totals[i] = 0.0f;
@@ -139,33 +139,28 @@ LMTFAST_INLINE void multiply_rows(const WeightRows& weights, const float* panel,
   const int64_t stride = weights.stride;
   for (int64_t begin = 0; begin < weights.blocks; begin += kChunk) {
     const int64_t end = begin + kChunk < weights.blocks ? begin + kChunk : weights.blocks;
-    for (int k = 0; k < kPanelColumns; k += width) {
-      for (int64_t r = 0; r < weights.rows;) {
-        // What comes next and no more: lines that are fetched long before their use take longer.
-        const int64_t later = r + height;
-        const T* ahead = k > 0                  ? data
-                         : later < weights.rows ? data + later * stride + begin * kBlock
-                         : end < weights.blocks ? data + end * kBlock
-                         : weights.next         ? static_cast<const T*>(weights.next)
-                                                : data;
-        float* total = totals + (r * kPanelColumns + k) * lanes;
-        if (r + height <= weights.rows) {
-          multiply_tile<lanes, T, height, width>(data + r * stride, stride, begin, end,
-                                                 panel + k * kBlock, ahead, total);
-          r += height;
-        } else {
-          multiply_tile<lanes, T, 1, width>(data + r * stride, stride, begin, end,
-                                            panel + k * kBlock, ahead, total);
-          r += 1;
-        }
+    for (int64_t r = 0; r < weights.rows;) {
+      // What comes next and no more: lines that are fetched long before their use take longer.
+      const int64_t later = r + height;
+      const T* ahead = later < weights.rows   ? data + later * stride + begin * kBlock
+                       : end < weights.blocks ? data + end * kBlock
+                       : weights.next         ? static_cast<const T*>(weights.next)
+                                              : data;
+      float* total = totals + r * kPanelColumns * lanes;
+      if (r + height <= weights.rows) {
+        multiply_tile<lanes, T, height>(data + r * stride, stride, begin, end, panel, ahead, total);
+        r += height;
+      } else {
+        multiply_tile<lanes, T, 1>(data + r * stride, stride, begin, end, panel, ahead, total);
+        r += 1;
       }
     }
   }
   add_lanes<lanes>(weights.rows * kPanelColumns, totals, images);
 }
 
-// `height` vectors of the panel against all rows, `width` columns at a time.
-template <int lanes, class T, int height, int width>
+// `height` vectors of the panel against all rows.
+template <int lanes, class T, int height>
 LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coefficients, bool first,
                                  int64_t vector, float* panel) {
   using Vector = typename Simd<lanes>::Vector;
@@ -177,80 +172,78 @@ LMTFAST_INLINE void adjoint_tile(const WeightRows& weights, const float* coeffic
   for (int j = 0; j < height; ++j) {
     at[j] = panel + (vector + j) / kPerBlock * kPanelBlock + (vector + j) % kPerBlock * lanes;
   }
-  for (int k0 = 0; k0 < kPanelColumns; k0 += width) {
-    Vector sum[height][width];
+  Vector sum[height][kPanelColumns];
 #pragma GCC unroll 8
-    for (int j = 0; j < height; ++j) {
+  for (int j = 0; j < height; ++j) {
 #pragma GCC unroll 8
-      for (int k = 0; k < width; ++k) {
-        if (first) {
-          sum[j][k] = Vector{};
-        } else {
-          load<lanes>(at[j] + (k0 + k) * kBlock, sum[j][k]);
-        }
+    for (int k = 0; k < kPanelColumns; ++k) {
+      if (first) {
+        sum[j][k] = Vector{};
+      } else {
+        load<lanes>(at[j] + k * kBlock, sum[j][k]);
       }
     }
-    for (int64_t r = 0; r < weights.rows; ++r) {
-      Vector w[height];
+  }
+  for (int64_t r = 0; r < weights.rows; ++r) {
+    Vector w[height];
 #pragma GCC unroll 8
-      for (int j = 0; j < height; ++j) load<lanes>(data + r * weights.stride + j * lanes, w[j]);
-      // Memory would be idle here: half of what multiply reads next. All of it would be more than
-      // arrives meanwhile, and other loads would wait.
-      if (k0 == 0 && r % 2 == 0) {
+    for (int j = 0; j < height; ++j) load<lanes>(data + r * weights.stride + j * lanes, w[j]);
+    // Memory would be idle here: half of what multiply reads next. All of it would be more than
+    // arrives meanwhile, and other loads would wait.
+    if (r % 2 == 0) {
 #pragma GCC unroll 8
-        for (int j = 0; j < height; ++j) fetch(next + r * weights.stride + j * lanes);
-      }
-#pragma GCC unroll 8
-      for (int k = 0; k < width; ++k) {
-        const float c = coefficients[r * kPanelColumns + k0 + k];
-#pragma GCC unroll 8
-        for (int j = 0; j < height; ++j) sum[j][k] += w[j] * c;
-      }
+      for (int j = 0; j < height; ++j) fetch(next + r * weights.stride + j * lanes);
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < height; ++j) {
+    for (int k = 0; k < kPanelColumns; ++k) {
+      const float c = coefficients[r * kPanelColumns + k];
 #pragma GCC unroll 8
-      for (int k = 0; k < width; ++k) {
-        std::memcpy(at[j] + (k0 + k) * kBlock, &sum[j][k], sizeof(Vector));
-      }
+      for (int j = 0; j < height; ++j) sum[j][k] += w[j] * c;
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < height; ++j) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kPanelColumns; ++k) {
+      std::memcpy(at[j] + k * kBlock, &sum[j][k], sizeof(Vector));
     }
   }
 }
 
-template <int lanes, class T, int height, int width>
+template <int lanes, class T, int height>
 LMTFAST_INLINE void adjoint_rows(const WeightRows& weights, const float* coefficients, bool first,
                                  float* panel) {
   const int64_t vectors = weights.blocks * (kBlock / lanes);
   int64_t v = 0;
   for (; v + height <= vectors; v += height) {
-    adjoint_tile<lanes, T, height, width>(weights, coefficients, first, v, panel);
+    adjoint_tile<lanes, T, height>(weights, coefficients, first, v, panel);
   }
-  for (; v < vectors; ++v) adjoint_tile<lanes, T, 1, width>(weights, coefficients, first, v, panel);
+  for (; v < vectors; ++v) adjoint_tile<lanes, T, 1>(weights, coefficients, first, v, panel);
 }
 
-// Rows and columns per register block: accumulators, one vector per row and one of the panel fill
+// Rows per register block: accumulators, one vector per row and one of the panel fill
 // 32 registers, or 16.
-#define LMTFAST_PASS(name, attributes, lanes, height, width)                                       \
+#define LMTFAST_PASS(name, attributes, lanes, height)                                              \
   template <class T>                                                                               \
   attributes void multiply_##name(const WeightRows& weights, const float* panel, float* images) {  \
-    multiply_rows<lanes, T, height, width>(weights, panel, images);                                \
+    multiply_rows<lanes, T, height>(weights, panel, images);                                       \
   }                                                                                                \
   template <class T>                                                                               \
   attributes void adjoint_##name(const WeightRows& weights, const float* coefficients, bool first, \
                                  float* panel) {                                                   \
-    adjoint_rows<lanes, T, height, width>(weights, coefficients, first, panel);                    \
+    adjoint_rows<lanes, T, height>(weights, coefficients, first, panel);                           \
   }                                                                                                \
   template <class T>                                                                               \
   constexpr WeightPass k##name{multiply_##name<T>, adjoint_##name<T>};
 
 #if defined(__GNUC__) || defined(__clang__)
-LMTFAST_PASS(baseline, , 4, 2, 4)
+LMTFAST_PASS(baseline, , 4, 2)
 #else
-LMTFAST_PASS(baseline, , 1, 1, 4)
+LMTFAST_PASS(baseline, , 1, 1)
 #endif
 #if LMTFAST_X86_CLONES
-LMTFAST_PASS(avx2, __attribute__((target("avx2,fma"))), 8, 3, 4)
-LMTFAST_PASS(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), 16, 6, 4)
+LMTFAST_PASS(avx2, __attribute__((target("avx2,fma"))), 8, 3)
+LMTFAST_PASS(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), 16, 6)
 #endif
 
 template <class T>
