@@ -282,7 +282,8 @@ def test_the_floor_of_a_bound_step():
     forward, gradient = (work(problem, m, "operator") for m in ("forward", "gradient"))
     assert (forward.moved, gradient.moved) == (4 * weights, 12 * weights)
     assert (forward.operations, gradient.operations) == (4 * 36 * weights, 6 * 36 * weights)
-    assert work(problem, "forward", "symbol").operations == 32 * weights
+    assert work(problem, "forward", "symbol").operations == 2 * 2 * 4 * weights
+    assert work(problem, "forward", "separable").operations == 2 * 2 * 8 * weights
     assert work(problem, "forward", "circular") is None
     # The larger of the two times is the floor.
     assert Ceilings(1e3, 1e3, "float32").seconds(10.0, 20.0) == 0.02
