@@ -16,7 +16,7 @@ SETTLED, SUPREMUM_STEPS = 2e-5, 400
 # Grid points per axis and degree, and power steps at each of them.
 DENSITY, STEPS = 6, 48
 # Frequencies of the fine grid that the search climbs from, and peaks that it climbs to the end.
-POOL, PEAKS = 64, 2 * CANDIDATES
+POOL, PEAKS = 64, 4 * CANDIDATES
 
 
 @torch.no_grad()
