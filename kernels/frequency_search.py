@@ -21,6 +21,7 @@ from lmtfast.kernels.symbol_work import (
     GRID_1,
     GRID_2,
     ROOT_TABLE,
+    SLOTS,
     TAP_TABLE,
     TAP_WIDTH,
     F,
@@ -28,7 +29,6 @@ from lmtfast.kernels.symbol_work import (
 
 BLOCK_TAPS = tl.constexpr(16)
 BLOCK_GRID = tl.constexpr(64)
-SLOTS = tl.constexpr(4)
 HALF_PI_HIGH = tl.constexpr(1.5707963267948966)
 HALF_PI_LOW = tl.constexpr(6.123233995736766e-17)
 INVERSE_HALF_PI = tl.constexpr(0.6366197723675814)
@@ -301,7 +301,7 @@ def keep_circles(scratch, PLACE: tl.constexpr, c, s):
 # takes far longer. ``scratch`` points to SCRATCH_SIZE float64 of the program's own; circles in
 # place PRESENT become those in place FOUND, the response is scaled by what place SCALE holds.
 PRESENT, FOUND, TRIAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SCALE, REACHED, LENGTH = tl.constexpr(6 * 16), tl.constexpr(6 * 16 + 4), tl.constexpr(6 * 16 + 8)
+SCALE, REACHED, LENGTH = ((6 * SLOTS + i) * F for i in range(3))
 
 
 @triton.jit(noinline=True)

@@ -8,7 +8,7 @@ the new x, the explorer. The one that finds all groups of its operator done read
 what the gradient needs. Which program that is has no effect on any bit: it reads what all have
 written, in a fixed order. No float is added across programs.
 
-Floor: the partial sums of the pass once (see symbol_pass), which are a quarter of the weights'
+Floor: the partial sums of the pass once (see symbol_pass), which are an eighth of the weights'
 bytes; the rest is a chain of short dependent steps, one program per group at a time.
 """
 
@@ -44,7 +44,6 @@ from lmtfast.kernels.frequency_search import (
     PRESENT,
     REACHED,
     SCALE,
-    SLOTS,
     circles,
     keep_circles,
     kept_circles,
@@ -74,6 +73,7 @@ from lmtfast.kernels.symbol_work import (
     RESPONSES,
     SCRATCH,
     SCRATCH_SIZE,
+    SLOTS,
     SYMBOL_WIDTH,
     TAP_TABLE,
     TAP_WIDTH,
@@ -88,7 +88,6 @@ from lmtfast.kernels.symbol_work import (
 BLOCK_C = tl.constexpr(BLOCK_CHANNELS)
 BLOCK_BACK = tl.constexpr(64)
 BLOCK = tl.constexpr(256)
-SCRATCH_DOUBLES = tl.constexpr(SCRATCH_SIZE)
 BLOCK_GROUPS = tl.constexpr(64)
 STALLED = tl.constexpr(1e-3)  # as lmtfast/engines/symbol.py
 # Roots of x^(axes + 1) = x + 1, whose inverse powers are the steps of the explorer (as there).
@@ -125,7 +124,7 @@ def symbol_finish(
             tl.store(workspace + tl.load(row + VALUES) + group * F + f, before.to(tl.float32))
             if UPDATE:
                 scratch = workspace + tl.load(row + SCRATCH)
-                scratch += group.to(tl.int64) * (2 * SCRATCH_DOUBLES)
+                scratch += group.to(tl.int64) * (2 * SCRATCH_SIZE)
                 scratch = scratch.to(tl.pointer_type(tl.float64), bitcast=True)
                 tl.store(scratch + LENGTH + f, before)
                 q = total_response(row, group, state, workspace, scratch)

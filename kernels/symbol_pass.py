@@ -7,15 +7,15 @@ the matrices that power iteration runs (:mod:`lmtfast.kernels.matrix`).
 ``symbol_prepare``: one program per candidate normalises its x and writes z, one per 256 channels
 writes a piece of the scale buffer, one per diagonal map its scale and its norm.
 
-``symbol_pass``: one program per tile of rows. With the eight real columns of the four candidates'
+``symbol_pass``: one program per tile of rows. With the four real columns of the two candidates'
 z it forms y = A z for its rows, keeps it, and adds the rows up again, weighted by y: its part of
 A^T y, unnormalised but for a power of two that brings the tile's largest entry to [1, 2). So no
 square over- or underflows, and no program waits for another. Nothing is added across programs here.
 
-Floor: every weight once from memory, 36.5 M of WRN-28-10 in 34 us at 4.3 TB/s, and 32 flop per
-weight in float32, 18 us at 67 TFLOP/s. The second reading of a tile comes from L2 where the tiles
-in flight fit there; z is read once per 32 rows and the partial sums written once per tile, a
-quarter of the weights' bytes each at 32 rows per tile.
+Floor: every weight once from memory, 36.5 M of WRN-28-10 in 34 us at 4.3 TB/s, and 16 flop per
+weight in float32, 9 us at 67 TFLOP/s. The second reading of a tile comes from L2 where the tiles
+in flight fit there; z is read once per 32 rows and the partial sums written once per tile, an
+eighth of the weights' bytes each at 32 rows per tile.
 """
 
 from __future__ import annotations

@@ -20,26 +20,26 @@ from lmtfast.kernels.planner import Planner, int32_table, longest_first
 from lmtfast.table import CANDIDATES, FIELDS, OperatorTable
 
 # Fields behind ADDED. Workspace offsets count float32; R rows, C channels, T taps, K = C T columns,
-# F candidates, and eight planes per vector: F real parts, then F imaginary ones. A matrix under
-# power iteration has one tap, and one vector, which is real: the first plane.
+# F candidates, and 2 F planes per vector: F real parts, then F imaginary ones. A matrix under power
+# iteration has one tap, and one vector, which is real: the first plane.
 SYMBOL_FIELDS = (
     "phases", "tap_table", "root_table", "grid_0", "grid_1", "grid_2",
     "tiles",  # row tiles per group
     "blocks",  # blocks of channels per group
     "parts",  # reals per entry of x, u and z in state and saved: 2, of a matrix 1
-    "used",  # planes that hold anything: 8, of a matrix 1
+    "used",  # planes that hold anything: 2 F, of a matrix 1
     "counter",  # of finished blocks, one per group, then one of finished groups; int32
-    "z",  # (G, 8, K) exp(-i w . tau_t) x_phase(t), in the weight's memory order
+    "z",  # (G, 2 F, K) exp(-i w . tau_t) x_phase(t), in the weight's memory order
     "z_scaled",  # the same times the column scale; the same place where there is none
-    "z_centre",  # (G, 8, R) identity times z at the centre tap; none without identity
-    "product",  # (G, 8, R) W diag(column scale) z
-    "image",  # (G, 8, R) y = A z
-    "carried",  # (G, 8, R) row scale times y, each tile times a power of two
+    "z_centre",  # (G, 2 F, R) identity times z at the centre tap; none without identity
+    "product",  # (G, 2 F, R) W diag(column scale) z
+    "image",  # (G, 2 F, R) y = A z
+    "carried",  # (G, 2 F, R) row scale times y, each tile times a power of two
     "exponents",  # (G, tiles) of those powers
     "partials",  # (G, tiles, used, K) W^T carried
-    "adjoint",  # (G, 8, K) A^T y
-    "responses",  # (G, blocks, 8, T), then (G, 8, T): sums over channels of conj(A^T y) x
-    "turned",  # (G, 8, T) exp(-i w . tau_t) at the new frequency
+    "adjoint",  # (G, 2 F, K) A^T y
+    "responses",  # (G, blocks, 2 F, T), then (G, 2 F, T): sums over channels of conj(A^T y) x
+    "turned",  # (G, 2 F, T) exp(-i w . tau_t) at the new frequency
     "scratch",  # (G, SCRATCH_SIZE) float64 of the search over frequencies
     "fresh",  # (G, F, 2 P C) the new x, not normalised
     "lengths",  # (G, F) inverse length of x in the state
@@ -58,11 +58,13 @@ SYMBOL_WIDTH = tl.constexpr(_FIRST + len(SYMBOL_FIELDS))
 F = tl.constexpr(CANDIDATES)
 PLANES = tl.constexpr(2 * CANDIDATES)
 TAP_WIDTH = tl.constexpr(4)  # of the tap table: offset per axis, phase
+SLOTS = tl.constexpr(4)  # of a frequency: three axes, and one more that fills a power of two
+# Frequencies in three places, cosines and sines; then three numbers per candidate.
+SCRATCH_SIZE = (3 * 2 * SLOTS + 3) * F
 
 TILE_ROWS = 32  # rows that a program of the pass takes at a time
 TILE_WEIGHTS = 1 << 16  # weights that it takes in all, about
 BLOCK_CHANNELS = 32  # channels per program of the last launch
-SCRATCH_SIZE = 8 * 16
 GRID_DENSITY, MAX_POINTS = 4, 4096  # as lmtfast/engines/frequency.py
 
 
@@ -133,22 +135,23 @@ class _Planner(Planner):
         tap_table = len(self.taps)
         self._add_taps(row)
         counter, self.counters = self.counters, self.counters + groups + 1
-        z = take(groups * 8 * columns)
+        planes = groups * PLANES.value
+        z = take(planes * columns)
         values = {
             "phases": phases, "tap_table": tap_table * TAP_WIDTH.value,
             "root_table": self._roots(grid), "grid_0": grid[0], "grid_1": grid[1],
             "grid_2": grid[2], "tiles": tiles, "blocks": blocks, "parts": parts, "used": used,
             "counter": counter, "z": z,
-            "z_scaled": z if row["column_scale"] < 0 else take(groups * 8 * columns),
-            "z_centre": take(groups * 8 * rows) if row["identity"] else -1,
-            "product": take(groups * 8 * rows), "image": take(groups * 8 * rows),
-            "carried": take(groups * 8 * rows), "exponents": take(groups * tiles),
+            "z_scaled": z if row["column_scale"] < 0 else take(planes * columns),
+            "z_centre": take(planes * rows) if row["identity"] else -1,
+            "product": take(planes * rows), "image": take(planes * rows),
+            "carried": take(planes * rows), "exponents": take(groups * tiles),
             "partials": take(groups * tiles * used * columns),
-            "adjoint": take(groups * 8 * columns),
-            "responses": take(groups * (blocks + 1) * 8 * taps),
-            "turned": take(groups * 8 * taps),
-            "scratch": take(groups * 2 * SCRATCH_SIZE),
-            "fresh": take(groups * 8 * phases * channels),
+            "adjoint": take(planes * columns),
+            "responses": take(planes * (blocks + 1) * taps),
+            "turned": take(planes * taps),
+            "scratch": take(groups * 2 * SCRATCH_SIZE.value),
+            "fresh": take(planes * phases * channels),
             "lengths": take(groups * CANDIDATES), "values": take(groups * CANDIDATES),
         }  # fmt: skip
         self.describe(row, values)
