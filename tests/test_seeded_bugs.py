@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN, SPECTRAL = "tests/test_contract_margin.py", "tests/test_contract_spectral.py"
 MEMORY, DIAGONAL = "tests/test_spectral_memory.py", "tests/test_contract_diagonal.py"
-MIXED = "tests/test_mixed_engines.py"
+MIXED, EXPLORER = "tests/test_mixed_engines.py", "tests/test_explorer.py"
 
 
 class Bug(NamedTuple):
@@ -121,6 +121,21 @@ BUGS = (
         "inside[:, None] & (k < columns)[None, :], DTYPES, ALIGNED,",
         "inside[:, None] & (k >= 0)[None, :], DTYPES, ALIGNED,",
         SPECTRAL, "triton-symbol and beside",
+    ),
+    Bug(
+        "triton symbol: an explorer replaces a higher candidate", "kernels/symbol_finish.py",
+        "better = tl.where(after > lowest, 1, 0) * comparable", "better = comparable",
+        EXPLORER, "triton",
+    ),
+    Bug(
+        "triton symbol: an explorer replaces nothing", "kernels/symbol_finish.py",
+        "promoted = (better != 0) & (f == worst)", "promoted = (better != 0) & (f > F)",
+        EXPLORER, "triton",
+    ),
+    Bug(
+        "triton symbol: an explorer starts where it is", "kernels/symbol_finish.py",
+        "restart = explorer & (stalled != 0)", "restart = explorer & (stalled > 1)",
+        EXPLORER, "triton",
     ),
     Bug(
         "triton symbol: imaginary part of the gradient", "kernels/symbol_gradient.py",
