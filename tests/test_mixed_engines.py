@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from lmtfast import backends
 from lmtfast.backends.reference import Leaves
 from lmtfast.engines import get_engine
-from lmtfast.graph import Region
+from lmtfast.graph import Linear, Region
 from lmtfast.table import build_table
 from tests.spectral_cases import CASES, Network, conv, matrix, randn, scaled
 from tests.test_contract_spectral import PAIRS, Provider
@@ -149,14 +150,15 @@ def test_a_call_of_several_engines(provider: Provider, case: str) -> None:
     for ref, tensor, got in zip(run.slots, run.tensors, grads, strict=True):
         coarse = 1e-2 if tensor.dtype == torch.bfloat16 else 1e-4
         scale = total[ref].abs().max().item()
-        torch.testing.assert_close(got.double(), total[ref], rtol=coarse, atol=coarse * scale)
+        assert_close(got.double(), total[ref], rtol=coarse, atol=coarse * scale)
 
 
 @each("several", "heads", "heads of two")
 def test_operators_of_several_engines_do_not_disturb_one_another(
     provider: Provider, case: str
 ) -> None:
-    """Each has the bits that it has alone, also beside weights that are not finite."""
+    """Each has the bits that it has alone, also beside weights that are not finite; a matrix that
+    other launches run then only has the numbers."""
     network, engines = MIXED[case]
     spoilt = network.regions[0].primitive.weight  # type: ignore[union-attr]
     tensors = dict(network.tensors) | {spoilt: network.tensors[spoilt] * torch.nan}
@@ -168,11 +170,14 @@ def test_operators_of_several_engines_do_not_disturb_one_another(
             assert sigmas[0].isnan()
             if update and engines[0] == "operator":
                 before, after = (x[: run.sizes[0]] for x in (state, new))
-                torch.testing.assert_close(after / after.norm(), before / before.norm())
+                assert_close(after / after.norm(), before / before.norm())
             for i, part in enumerate(state.split(run.sizes)):
-                alone = Mixed(provider, Network([network.regions[i]], tensors), engines[i : i + 1])
+                region = network.regions[i]
+                alone = Mixed(provider, Network([region], tensors), engines[i : i + 1])
                 want = alone.step(part, update=update)
-                assert torch.equal(sigmas[i].isnan(), want[0][0].isnan())
-                assert torch.equal(sigmas[i].nan_to_num(), want[0][0].nan_to_num())
+                # Triton runs a matrix in symbol's launches where there are any, else in its own.
+                moves = provider.backend == "triton" and "symbol" in engines
+                slack = 1e-6 if moves and isinstance(region.primitive, Linear) else 0.0
+                assert_close(sigmas[i], want[0][0], rtol=slack, atol=0, equal_nan=True)
                 if update:
-                    assert torch.equal(new.split(run.sizes)[i], want[1])
+                    assert_close(new.split(run.sizes)[i], want[1], rtol=0, atol=slack)
