@@ -258,7 +258,7 @@ void test_pass(const Shape& shape, int64_t shared_bytes, uint64_t seed) {
   const auto& pass = op.work().pass;
   const int64_t columns = op.row.channels * op.taps, width = pass.columns * pass.subsets;
   const int64_t entries = lmtfast::phases(op.row) * op.row.channels;
-  const int64_t pitch = lmtfast::cuda::vector_pitch(entries), slots = 4 * pitch;
+  const int64_t pitch = lmtfast::cuda::vector_pitch(entries);
   const std::vector<float> x = integers(op.row.groups * entries * width, seed + 5);
   const auto x_at = [&](int64_t g, int64_t entry, int64_t c) {
     return x[(g * entries + entry) * width + c];
@@ -266,16 +266,15 @@ void test_pass(const Shape& shape, int64_t shared_bytes, uint64_t seed) {
   for (int64_t g = 0; g < op.row.groups; ++g) {
     for (int64_t subset = 0; subset < pass.subsets; ++subset) {
       float* factors = op.aligned() + op.work().panel + (g * pass.subsets + subset) * pass.vector;
-      float* e = factors + slots * pass.columns;
+      float* e = factors + 4 * pitch * pass.columns;
       for (int64_t c = 0; c < pass.columns; ++c) {
         for (int64_t i = 0; i < entries; ++i) {
           const int64_t slot = lmtfast::cuda::vector_slot(i, pitch);
-          factors[lmtfast::cuda::vector_index(slot, slots, pass.columns, c)] =
-              x_at(g, i, subset * pass.columns + c);
+          factors[slot * pass.columns + c] = x_at(g, i, subset * pass.columns + c);
         }
         for (int64_t t = 0; t < op.taps; ++t) {
           // At frequency zero; every tap reads the first phase.
-          e[lmtfast::cuda::vector_index(t, op.taps, pass.columns, c)] = c % 2 == 0 ? 1.0f : 0.0f;
+          e[t * pass.columns + c] = c % 2 == 0 ? 1.0f : 0.0f;
           e[op.taps * pass.columns + t] = std::bit_cast<float>(int32_t{0});
         }
       }
@@ -297,7 +296,7 @@ void test_pass(const Shape& shape, int64_t shared_bytes, uint64_t seed) {
           y += op.at(g, o, i / op.taps, i % op.taps) * static_cast<double>(x_at(g, i / op.taps, c));
         }
         const float got =
-            op.aligned()[op.work().image + (g * op.row.rows + o) * lmtfast::cuda::kPanel + c];
+            op.aligned()[op.work().image + (g * op.row.rows + o) * lmtfast::cuda::kPassColumns + c];
         images = images && static_cast<double>(got) == y;
         for (int64_t i = 0; i < columns; ++i) {
           const int64_t at = op.tap_major ? i % op.taps * op.row.channels + i / op.taps : i;

@@ -30,7 +30,7 @@ struct DenseStep {
   // ||y||, the same in every block that asks.
   __device__ double length() const {
     double square = 0;
-    for (int64_t tile = 0; tile < op.work.pass.tiles; ++tile) square += norms[tile * kPanel];
+    for (int64_t tile = 0; tile < op.work.pass.tiles; ++tile) square += norms[tile * kPassColumns];
     return std::sqrt(square);
   }
 };
@@ -43,16 +43,16 @@ __device__ inline void prepare_matrix(const View& v, const Op& op) {
     square += static_cast<double>(y.state[c]) * static_cast<double>(y.state[c]);
   }
   const float inverse = inverse_or_one(std::sqrt(Team<true>::sum(square)));
-  const int64_t pitch = vector_pitch(s.channels), slots = 4 * pitch;
+  const int64_t pitch = vector_pitch(s.channels);
   for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
     y.plain[c] = y.state[c] * inverse;
-    float* x = y.panel + vector_index(vector_slot(c, pitch), slots, 2, 0);
+    float* x = y.panel + 2 * vector_slot(c, pitch);
     x[0] = y.plain[c] * op.cs(c);
     x[1] = 0.0f;
   }
   if (threadIdx.x == 0) {
     // One tap, of phase 1, that begins at entry 0.
-    float* e = y.panel + 2 * slots;
+    float* e = y.panel + 8 * pitch;
     e[0] = 1.0f;
     e[1] = 0.0f;
     e[2] = std::bit_cast<float>(0);
@@ -65,14 +65,15 @@ __device__ inline void finish_matrix(const View& v, const Op& op, int32_t index)
   const Stencil& s = op.s;
   double square = 0;
   for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
-    const double x = y.back[static_cast<int64_t>(c) * kPanel];
+    const double x = y.back[static_cast<int64_t>(c) * kPassColumns];
     square += x * x;
   }
   const double norm = std::sqrt(Team<true>::sum(square));
   const bool usable = norm > 0.0 && norm - norm == 0.0;
   const float inverse = inverse_or_one(norm);
   for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) {
-    const float next = usable ? y.back[static_cast<int64_t>(c) * kPanel] * inverse : y.plain[c];
+    const float next =
+        usable ? y.back[static_cast<int64_t>(c) * kPassColumns] * inverse : y.plain[c];
     v.new_state[op.row.state_offset + c] = next;
     v.saved[op.row.saved_offset + s.rows + c] = next;
   }
@@ -88,7 +89,7 @@ __device__ inline void record_matrix(const View& v, int32_t index) {
   float* u = v.saved + op.row.saved_offset;
   const float inverse = inverse_or_one(norm);
   for (int32_t o = threadIdx.x; o < s.rows; o += kBlockThreads) {
-    u[o] = y.image[static_cast<int64_t>(o) * kPanel] * inverse;
+    u[o] = y.image[static_cast<int64_t>(o) * kPassColumns] * inverse;
   }
   if (v.new_state != nullptr) return;
   for (int32_t c = threadIdx.x; c < s.channels; c += kBlockThreads) u[s.rows + c] = y.plain[c];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The pass of the symbol engine and of matrices, and the image of separable operators beside it, so
-// that a network of both takes one launch. Floor: the weights once, 4 or 2 bytes each, at sixteen fused
-// multiply-adds per weight for four candidates and four for a matrix.
+// that a network of both takes one launch. Floor: the weights once, 4 or 2 bytes each, at eight fused
+// multiply-adds per weight for two candidates and four for one or a matrix.
 #include <bit>
 #include <cmath>
 
@@ -16,20 +16,16 @@ namespace {
 
 constexpr int kWarps = kPassThreads / kWarpSize;
 
-template <int kCount>
-struct alignas(kCount * sizeof(float)) Run {
-  float v[kCount];
-};
-// Floats that lie together, of which a row of the panel has kColumns.
+// A row of a panel.
 template <int kColumns>
-constexpr int kRun = kColumns < 4 ? kColumns : 4;
+struct alignas(kColumns * sizeof(float)) Piece {
+  float v[kColumns];
+};
 
 // The columns of the weights in the order of memory, and z of each: x, e and where the phases of x
 // begin, in shared or global memory (pass.h has what lies where).
 template <int kColumns>
 struct Factors {
-  using Piece = Run<kRun<kColumns>>;
-  static constexpr int kPieces = kColumns / kRun<kColumns>;
   const float* data;
   int32_t pitch, taps, columns, count;  // count: of what neighbours in memory
   bool tap_major;
@@ -45,21 +41,16 @@ struct Factors {
 
   // Pieces are counted in 32 bits: there are fewer than 2^30.
   __device__ void load(int32_t slow, int32_t fast, float (&z)[kColumns]) const {
-    const Piece* x = reinterpret_cast<const Piece*>(data);
+    const auto* x = reinterpret_cast<const Piece<kColumns>*>(data);
+    const auto* e = x + 4 * pitch;
     const int32_t tap = tap_major ? slow : fast, channel = tap_major ? fast : slow;
-    const int32_t first = 4 * pitch * kPieces;
-    const int32_t begin =
-        std::bit_cast<int32_t>(data[(first + taps * kPieces) * kRun<kColumns> + tap]);
-    const int32_t entry = begin + channel, slot = (entry & 3) * pitch + (entry >> 2);
+    const int32_t begin = std::bit_cast<int32_t>(data[(4 * pitch + taps) * kColumns + tap]);
+    const int32_t entry = begin + channel;
+    const Piece<kColumns> a = x[(entry & 3) * pitch + (entry >> 2)], b = e[tap];
     LMTFAST_UNROLL
-    for (int h = 0; h < kPieces; ++h) {
-      const Piece a = x[h * 4 * pitch + slot], b = x[first + h * taps + tap];
-      LMTFAST_UNROLL
-      for (int i = 0; i < kRun<kColumns>; i += 2) {
-        const int c = h * kRun<kColumns> + i;
-        z[c] = std::fma(b.v[i], a.v[i], -(b.v[i + 1] * a.v[i + 1]));
-        z[c + 1] = std::fma(b.v[i], a.v[i + 1], b.v[i + 1] * a.v[i]);
-      }
+    for (int c = 0; c < kColumns; c += 2) {
+      z[c] = std::fma(b.v[c], a.v[c], -(b.v[c + 1] * a.v[c + 1]));
+      z[c + 1] = std::fma(b.v[c], a.v[c + 1], b.v[c + 1] * a.v[c]);
     }
   }
 };
@@ -91,37 +82,32 @@ __device__ void add_image(const Factors<kColumns>& factors, int32_t column, cons
   }
 }
 
-// This thread's accumulators of one word: body(piece, entry of the word, first column).
+// This thread's accumulators of one word: body(piece, entry of the word).
 template <class T, int kColumns, class Body>
 __device__ void for_each_sum(float* sums, const RowWords<T>& words, int32_t k, const Body& body) {
-  constexpr int kPieces = kColumns / kRun<kColumns>;
-  auto* piece = reinterpret_cast<Run<kRun<kColumns>>*>(
-                    sums + static_cast<int64_t>(k) * kPassThreads * kPerWord<T> * kColumns) +
-                threadIdx.x;
+  auto* piece = reinterpret_cast<Piece<kColumns>*>(sums) +
+                static_cast<int64_t>(k) * kPassThreads * kPerWord<T> + threadIdx.x;
   int32_t width = words.width(k);
   LMTFAST_OPAQUE(width);
   LMTFAST_UNROLL
   for (int i = 0; i < kPerWord<T>; ++i) {
-    LMTFAST_UNROLL
-    for (int h = 0; h < kPieces; ++h) {
-      auto& place = piece[(i * kPieces + h) * width];
-      LMTFAST_ALIGNED(&place, sizeof(place));
-      body(place, i, h * kRun<kColumns>);
-    }
+    auto& place = piece[i * width];
+    LMTFAST_ALIGNED(&place, sizeof(place));
+    body(place, i);
   }
 }
 
 template <class T, int kColumns>
 __device__ void add_back(float* sums, const RowWords<T>& words, int32_t k, const Rows& rows,
                          const float (&y)[kPassRows * kColumns]) {
-  for_each_sum<T, kColumns>(sums, words, k, [&](auto& place, int i, int first) {
-    auto piece = place;
+  for_each_sum<T, kColumns>(sums, words, k, [&](Piece<kColumns>& place, int i) {
+    Piece<kColumns> piece = place;
     LMTFAST_UNROLL
     for (int r = 0; r < kPassRows; ++r) {
       const float w = entry_of<T>(rows[r], i);
       LMTFAST_UNROLL
-      for (int c = 0; c < kRun<kColumns>; ++c) {
-        piece.v[c] = std::fma(w, y[r * kColumns + first + c], piece.v[c]);
+      for (int c = 0; c < kColumns; ++c) {
+        piece.v[c] = std::fma(w, y[r * kColumns + c], piece.v[c]);
       }
     }
     place = piece;
@@ -137,14 +123,16 @@ __device__ float sum_over_warp(float (&values)[kCount]) {
   return sum;
 }
 
-using Exchange = float[kWarps][kWarpSize];
+constexpr int kMostSums = kPassRows * kPassColumns;
+static_assert(kMostSums <= kWarpSize);
+using Exchange = float[kWarps][kMostSums];
 
 __device__ inline Exchange& warp_sums(int parity) {
-  LMTFAST_SHARED(float, parts, [2][kWarps][kWarpSize]);
+  LMTFAST_SHARED(float, parts, [2][kWarps][kMostSums]);
   return parts[parity];
 }
 __device__ inline float* warp_rows() {
-  LMTFAST_SHARED(float, rows, [kWarps][kWarpSize]);
+  LMTFAST_SHARED(float, rows, [kWarps][kMostSums]);
   return rows[Team<false>::number()];
 }
 
@@ -183,8 +171,11 @@ __device__ float identity_entry(const View& v, const Op& op, int32_t o, int c) {
 
 // Not a call, which would put what it gets on a stack.
 template <class T, int kColumns>
-__device__ __forceinline__ void pass_rows(const View& v, const Item& item, const Op& op,
-                                          float* shared) {
+__device__ __forceinline__ void pass_rows(const View& v, const Item& item, float* shared) {
+  // Each instance reads the operator anew: what several had in common would stay in registers.
+  int32_t index = item.op;
+  LMTFAST_OPAQUE(index);
+  const Op op(v, index, item.group);
   constexpr int kSums = kPassRows * kColumns;
   const Stencil& s = op.s;
   const OpWork& w = op.work;
@@ -213,7 +204,7 @@ __device__ __forceinline__ void pass_rows(const View& v, const Item& item, const
   const bool update = v.new_state != nullptr;
   if (update) {
     for (int32_t k = 0; k < words.mine; ++k) {
-      for_each_sum<T, kColumns>(sums, words, k, [](auto& piece, int, int) { piece = {}; });
+      for_each_sum<T, kColumns>(sums, words, k, [](auto& piece, int) { piece = {}; });
     }
   }
   const auto row_begin = static_cast<int32_t>(tile * shape.rows);
@@ -260,7 +251,7 @@ __device__ __forceinline__ void pass_rows(const View& v, const Item& item, const
       if (identity != 0.0f && o < s.channels) value += identity * identity_entry(v, op, o, c);
       acting = value * scale;
       if (warp == 0 && lane < kSums) {
-        const int64_t at = (static_cast<int64_t>(item.group) * s.rows + o) * kPanel + c;
+        const int64_t at = (static_cast<int64_t>(item.group) * s.rows + o) * kPassColumns + c;
         v.floats[w.pure + at] = pure;
         v.floats[w.image + at] = value;
         square += static_cast<double>(value) * static_cast<double>(value);
@@ -270,14 +261,14 @@ __device__ __forceinline__ void pass_rows(const View& v, const Item& item, const
       const float before = exponent.follow(Team<false>::max(std::fabs(acting)));
       if (before != 1.0f) {
         for (int32_t k = 0; k < words.mine; ++k) {
-          for_each_sum<T, kColumns>(sums, words, k, [&](auto& piece, int, int) {
+          for_each_sum<T, kColumns>(sums, words, k, [&](auto& piece, int) {
             for (float& x : piece.v) x *= before;
           });
         }
       }
       float* sent = warp_rows();
       __syncwarp();
-      sent[lane] = acting * power_of_two(-exponent.e);
+      if (lane < kSums) sent[lane] = acting * power_of_two(-exponent.e);
       __syncwarp();
       LMTFAST_UNROLL
       for (int i = 0; i < kSums; ++i) sum[i] = sent[i];
@@ -301,7 +292,8 @@ __device__ __forceinline__ void pass_rows(const View& v, const Item& item, const
       square += __shfl_xor_sync(kAllLanes, square, bits);
     }
     const int64_t place = static_cast<int64_t>(item.group) * shape.tiles + tile;
-    if (lane < kColumns) v.doubles[w.norms + place * kPanel + subset * kColumns + lane] = square;
+    const int64_t at = place * kPassColumns + subset * kColumns;
+    if (lane < kColumns) v.doubles[w.norms + at + lane] = square;
   }
   if (!update) return;
   if (threadIdx.x == 0) v.doubles[w.powers + block()] = power_of_two(exponent.e);
@@ -309,9 +301,9 @@ __device__ __forceinline__ void pass_rows(const View& v, const Item& item, const
   float* result = partial();
   for (int32_t k = 0; k < words.mine; ++k) {
     const float* first = sums;
-    for_each_sum<T, kColumns>(sums, words, k, [&](auto& piece, int, int) {
+    for_each_sum<T, kColumns>(sums, words, k, [&](auto& piece, int) {
       const auto at = reinterpret_cast<const float*>(&piece) - first;
-      *reinterpret_cast<Run<kRun<kColumns>>*>(result + at) = piece;
+      *reinterpret_cast<Piece<kColumns>*>(result + at) = piece;
     });
   }
 }
@@ -319,12 +311,10 @@ __device__ __forceinline__ void pass_rows(const View& v, const Item& item, const
 template <class T>
 __device__ __forceinline__ void pass_of(const View& v, const Item& item, const Op& op,
                                         float* shared) {
-  if (op.work.pass.columns == 8) {
-    pass_rows<T, 8>(v, item, op, shared);
-  } else if (op.work.pass.columns == 4) {
-    pass_rows<T, 4>(v, item, op, shared);
+  if (op.work.pass.columns == kPassColumns) {
+    pass_rows<T, kPassColumns>(v, item, shared);
   } else {
-    pass_rows<T, 2>(v, item, op, shared);
+    pass_rows<T, 2>(v, item, shared);
   }
 }
 

@@ -17,7 +17,11 @@
 
 namespace lmtfast::cuda {
 
-// Rows in flight; their sums times the panel's columns fill a warp.
+// Columns of a panel: real and imaginary part of every candidate, a row of them one access. A matrix
+// uses two, and zeros in the second.
+constexpr int kPassColumns = 2 * LMTFAST_CANDIDATES;
+static_assert(kPassColumns * sizeof(float) == 16);
+// Rows in flight; a warp has a lane for every sum of theirs.
 constexpr int kPassRows = 4;
 constexpr int kPassThreads = 256;
 // Columns of a row that the threads keep in registers from the first product for the second. The rest
@@ -27,7 +31,7 @@ constexpr int kWordBytes = 16;
 
 // How the blocks of one operator share a pass.
 struct PassShape {
-  int64_t columns;                     // of the panel per block: 8, 4 or 2
+  int64_t columns;                     // of the panel per block: 4 or 2
   int64_t subsets;                     // blocks that share the candidates
   int64_t rows, tiles;                 // of a tile, and how many
   int64_t padded;                      // weight columns, to whole words
@@ -48,23 +52,15 @@ LMTFAST_HD int64_t vector_floats(int64_t entries, int64_t taps, int64_t columns)
   return (4 * vector_pitch(entries) * columns + taps * (columns + 1) + 3) / 4 * 4;
 }
 
-// Where x of an entry (e of a tap) has column c: runs of four columns, of two where there are two.
-LMTFAST_HD int64_t vector_index(int64_t slot, int64_t slots, int64_t columns, int64_t c) {
-  const int64_t run = columns < 4 ? columns : 4;
-  return (c / run * slots + slot) * run + c % run;
-}
-
 // Where an accumulator lies: chunks of one word per thread, and in each the thread runs fastest.
 LMTFAST_HD int64_t sum_index(int64_t weight_columns, int64_t per_word, int64_t columns,
                              int64_t column, int64_t c) {
-  const int64_t run = columns < 4 ? columns : 4;
   const int64_t chunk = column / (kPassThreads * per_word);
   const int64_t inside = column % (kPassThreads * per_word);
   const int64_t words = (weight_columns + per_word - 1) / per_word - chunk * kPassThreads;
   const int64_t width = words < kPassThreads ? words : kPassThreads;
-  const int64_t place = inside % per_word * (columns / run) + c / run;
-  return chunk * kPassThreads * per_word * columns + (place * width + inside / per_word) * run +
-         c % run;
+  const int64_t place = inside % per_word * width + inside / per_word;
+  return (chunk * kPassThreads * per_word + place) * columns + c;
 }
 
 }  // namespace lmtfast::cuda

@@ -14,13 +14,13 @@ namespace {
 
 // A stretch of the adjoint: the tiles' sums in their order, with column scale and identity.
 __device__ void reduce_columns(const View& v, const Op& op, const Item& item) {
-  LMTFAST_SHARED(double, inverses, [kPanel]);
+  LMTFAST_SHARED(double, inverses, [kPassColumns]);
   const Stencil& s = op.s;
   const OpWork& w = op.work;
   const PassShape& shape = w.pass;
   const bool symbol = static_cast<Method>(w.method) == Method::kSymbol;
   const int columns = static_cast<int>(shape.columns * shape.subsets);
-  if (threadIdx.x < kPanel) {
+  if (threadIdx.x < kPassColumns) {
     const int c = static_cast<int>(threadIdx.x);
     const double length = symbol   ? Symbol(v, op).length(c / 2)
                           : c == 0 ? DenseStep(v, op).length()
@@ -30,7 +30,7 @@ __device__ void reduce_columns(const View& v, const Op& op, const Item& item) {
   __syncthreads();
   const int64_t per_word = has_bit(op.weight, kBfloat16Bit) ? kPerWord<bfloat16> : kPerWord<float>;
   const int64_t group = item.group;
-  const float* image = v.floats + w.image + group * s.rows * kPanel;
+  const float* image = v.floats + w.image + group * s.rows * kPassColumns;
   const float identity = op.identity();
   const int32_t begin = item.tile * kSumColumns;
   for (int32_t i = threadIdx.x; i < kSumColumns * columns; i += kPassThreads) {
@@ -48,11 +48,11 @@ __device__ void reduce_columns(const View& v, const Op& op, const Item& item) {
     const Column column = column_at(s, op.tap_major(), j);
     float value = static_cast<float>(sum * inverses[c]) * op.cs(column.channel);
     if (identity != 0.0f && column.tap == centre_tap(s) && column.channel < s.rows) {
-      value +=
-          identity * static_cast<float>(image[static_cast<int64_t>(column.channel) * kPanel + c] *
-                                        inverses[c]);
+      value += identity *
+               static_cast<float>(image[static_cast<int64_t>(column.channel) * kPassColumns + c] *
+                                  inverses[c]);
     }
-    v.floats[w.back + (group * s.columns + j) * kPanel + c] = value;
+    v.floats[w.back + (group * s.columns + j) * kPassColumns + c] = value;
   }
 }
 

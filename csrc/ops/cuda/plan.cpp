@@ -137,11 +137,9 @@ PassShape Builder::pass_shape(const Stencil& s, bool symbol) const {
     shape.vector = vector_floats(entries, s.taps, width);
     return shape.vector + shape.padded * width <= shared_floats_;
   };
-  const int64_t all = symbol ? kPanel : 2;
-  int64_t width = all;
-  while (width > 2 && !fits(width)) width /= 2;
-  shape.shared_sums = fits(width);
-  // No number of candidates fits: sums go to memory, then for all of them at once.
+  const int64_t all = symbol ? kPassColumns : 2;
+  shape.shared_sums = fits(all) || fits(2);
+  // Not one candidate fits: sums go to memory, then for all of them at once.
   if (!shape.shared_sums) static_cast<void>(fits(all));
   shape.shared_vector = shape.vector <= shared_floats_;
   shape.subsets = all / shape.columns;
@@ -159,23 +157,23 @@ void Builder::plan_pass(int64_t i, const Stencil& s) {
   header_.pass_bytes =
       std::max(header_.pass_bytes, 4 * ((shape.shared_vector ? shape.vector : 0) +
                                         (shape.shared_sums ? shape.padded * shape.columns : 0)));
-  work.back = floats(g * s.columns * kPanel);
+  work.back = floats(g * s.columns * kPassColumns);
   work.panel = floats(g * shape.subsets * shape.vector);
-  work.pure = floats(g * s.rows * kPanel);
-  work.image = floats(g * s.rows * kPanel);
+  work.pure = floats(g * s.rows * kPassColumns);
+  work.image = floats(g * s.rows * kPassColumns);
   work.partial = floats(g * items * shape.padded * shape.columns);
-  work.norms = doubles(g * shape.tiles * kPanel);
+  work.norms = doubles(g * shape.tiles * kPassColumns);
   work.powers = doubles(g * items);
   work.counters = take(header_.counters, g);
   const int64_t width = static_cast<int64_t>(LMTFAST_CANDIDATES) * s.phases * s.channels * 2;
   work.plain = floats(symbol ? g * width : s.channels);
   if (symbol) {
     work.fresh = floats(g * width);
-    work.phase = floats(g * s.taps * kPanel);
+    work.phase = floats(g * s.taps * kPassColumns);
     const Grid grid = grid_of(s);
     std::copy(grid.size, grid.size + kAxes, work.frequencies);
     work.frequency = doubles(g * LMTFAST_CANDIDATES * kAxes);
-    work.response = doubles(g * s.taps * kPanel);
+    work.response = doubles(g * s.taps * kPassColumns);
   }
   for (int64_t group = 0; group < g; ++group) {
     add(kPrepare, i, group, 1);

@@ -32,9 +32,9 @@ LMTFAST_HD bool gradient_in_strips(const OpRow& row) {
          (method == Method::kMatrix && row.row_scale < 0 && row.column_scale < 0);
 }
 
-// A panel is a matrix with eight real columns: four complex vectors, or eight channel vectors.
-constexpr int kPanel = 8;
-static_assert(kPanel == 2 * LMTFAST_CANDIDATES && kPanel == LMTFAST_RANK);
+// A separable operator's panel is a matrix with eight real columns: its vectors, and zeros.
+constexpr int kPanel = LMTFAST_RANK;
+static_assert(kPanel == 8);
 constexpr int kBlockThreads = 256;
 static_assert(kBlockThreads == kPassThreads);
 // Rows of a block of a panel's image, columns of a block of its adjoint.
@@ -92,21 +92,21 @@ struct OpWork {
   int64_t frequencies[kAxes];       // symbol: points of the grid of frequencies, per axis
   PassShape pass;                   // symbol, matrix
   int64_t counters;                 // blocks that are done: stencil 1, of groups G, separable 2 G
-  // Floats. Panels have kPanel columns and start at multiples of 16 bytes.
+  // Floats. Panels start at multiples of 16 bytes. F candidates; C = kPassColumns.
   int64_t panel;     // symbol, matrix (G, subsets, pass.vector): the factors of what the weights
                      // multiply (pass.h); separable (G, channels, 8): a, orthonormal; with the
                      // column scale
-  int64_t plain;     // symbol (G, 4, phases channels, 2): unit x; matrix (channels): unit v;
+  int64_t plain;     // symbol (G, F, phases channels, 2): unit x; matrix (channels): unit v;
                      // separable (G, channels, 8): a, without the column scale
-  int64_t pure;      // symbol, matrix (G, rows, 8): W panel, without row scale and identity
+  int64_t pure;      // symbol, matrix (G, rows, C): W panel, without row scale and identity
   int64_t partial;   // symbol, matrix (G, tiles, subsets, padded columns): sums of a tile's rows
-  int64_t image;     // A applied: symbol, matrix (G, rows, 8), separable (G, rows, taps, 8),
+  int64_t image;     // A applied: symbol, matrix (G, rows, C), separable (G, rows, taps, 8),
                      // stencil as u is saved
   int64_t mixed;     // separable (G, rows, taps, 8): what goes back through the weights
-  int64_t back;      // the adjoint, with column scale and identity: (G, columns, 8),
-                     // stencil as the iterate
-  int64_t phase;     // symbol (G, taps, 4, 2): exp(-i w . offset)
-  int64_t fresh;     // symbol (G, 4, phases channels, 2): the next x, not normalised
+  int64_t back;      // the adjoint, with column scale and identity: symbol, matrix (G, columns, C),
+                     // separable (G, columns, 8), stencil as the iterate
+  int64_t phase;     // symbol (G, taps, F, 2): exp(-i w . offset)
+  int64_t fresh;     // symbol (G, F, phases channels, 2): the next x, not normalised
   int64_t patterns;  // separable (G, inputs, 8): h
   int64_t next;      // separable (G, inputs, 8): the next h
   int64_t grid;      // separable (G, outputs, taps, 8): a product on the grid
@@ -116,10 +116,10 @@ struct OpWork {
   int64_t row_sums;                    // gradient of the row scale (G, column tiles, rows)
   int64_t column_sums;                 // gradient of the column scale (G, row tiles, columns)
   // Doubles.
-  int64_t norms;      // symbol, matrix (G, tiles, 8): sums of squares per panel column
+  int64_t norms;      // symbol, matrix (G, tiles, C): sums of squares per panel column
   int64_t powers;     // symbol, matrix (G, tiles, subsets): what a tile's sums are scaled by
-  int64_t frequency;  // symbol (G, 4, 3)
-  int64_t response;   // symbol (G, taps, 4, 2)
+  int64_t frequency;  // symbol (G, F, 3)
+  int64_t response;   // symbol (G, taps, F, 2)
   int64_t values;     // separable (G, 2): sigma, and sigma over the scale of the image
   int64_t input_sums, image_sums, back_sums;  // stencil: sums of squares per block
   int64_t inputs, images, backs;              // and how many of them

@@ -33,13 +33,13 @@ struct Symbol {
     state = v.state + state_offset();
     plain = v.floats + w.plain + g * kCandidates * width * 2;
     panel = v.floats + w.panel + g * w.pass.subsets * w.pass.vector;
-    phase = v.floats + w.phase + g * taps * kPanel;
-    image = v.floats + w.image + g * op.s.rows * kPanel;
-    back = v.floats + w.back + g * op.s.columns * kPanel;
+    phase = v.floats + w.phase + g * taps * kPassColumns;
+    image = v.floats + w.image + g * op.s.rows * kPassColumns;
+    back = v.floats + w.back + g * op.s.columns * kPassColumns;
     fresh = v.floats + w.fresh + g * kCandidates * width * 2;
     frequency = v.doubles + w.frequency + g * kCandidates * kAxes;
-    response = v.doubles + w.response + g * taps * kPanel;
-    norms = v.doubles + w.norms + g * w.pass.tiles * kPanel;
+    response = v.doubles + w.response + g * taps * kPassColumns;
+    norms = v.doubles + w.norms + g * w.pass.tiles * kPassColumns;
   }
 
   __device__ int64_t state_offset() const {
@@ -49,7 +49,7 @@ struct Symbol {
   __device__ double length(int f) const {
     double square = 0;
     for (int64_t tile = 0; tile < op.work.pass.tiles; ++tile) {
-      square += norms[tile * kPanel + 2 * f] + norms[tile * kPanel + 2 * f + 1];
+      square += norms[tile * kPassColumns + 2 * f] + norms[tile * kPassColumns + 2 * f + 1];
     }
     return std::sqrt(square);
   }
@@ -81,7 +81,7 @@ __device__ inline void write_angle(float* circle, const Stencil& s, int axis, do
   circle[2 * a + 1] = static_cast<float>(sine);
 }
 
-// exp(-i w . offset) of every tap and candidate: (taps, 4, 2).
+// exp(-i w . offset) of every tap and candidate: (taps, F, 2).
 __device__ inline void write_phases(const Symbol& y, const double* frequency, float* phase) {
   const Stencil& s = y.op.s;
   for (int32_t i = threadIdx.x; i < s.taps * kCandidates; i += kBlockThreads) {
@@ -99,21 +99,20 @@ __device__ inline void write_phases(const Symbol& y, const double* frequency, fl
 __device__ inline void write_factors(const Symbol& y) {
   const Stencil& s = y.op.s;
   const PassShape& shape = y.op.work.pass;
-  const int64_t pitch = vector_pitch(y.width), slots = 4 * pitch;
+  const int64_t pitch = vector_pitch(y.width);
   for (int subset = 0; subset < shape.subsets; ++subset) {
     float* x = y.panel + subset * shape.vector;
-    float* e = x + slots * shape.columns;
+    float* e = x + 4 * pitch * shape.columns;
     float* begin = e + s.taps * shape.columns;
     for (int64_t i = threadIdx.x; i < y.width * shape.columns; i += kBlockThreads) {
       const int64_t entry = i % y.width, c = i / y.width, of_all = subset * shape.columns + c;
       const float plain = y.plain[2 * (of_all / 2 * y.width + entry) + of_all % 2];
-      x[vector_index(vector_slot(entry, pitch), slots, shape.columns, c)] =
+      x[vector_slot(entry, pitch) * shape.columns + c] =
           plain * y.op.cs(static_cast<int32_t>(entry % s.channels));
     }
     for (int64_t i = threadIdx.x; i < s.taps * shape.columns; i += kBlockThreads) {
       const int64_t tap = i / shape.columns, c = i % shape.columns;
-      e[vector_index(tap, s.taps, shape.columns, c)] =
-          y.phase[tap * kPanel + subset * shape.columns + c];
+      e[i] = y.phase[tap * kPassColumns + subset * shape.columns + c];
     }
     for (int32_t tap = threadIdx.x; tap < s.taps; tap += kBlockThreads) {
       begin[tap] = std::bit_cast<float>(tap_phase(s, point_of(s.kernel, tap)) * s.channels);
@@ -156,7 +155,7 @@ __device__ inline float symbol_identity(const Symbol& y, int32_t o, int c) {
   return c % 2 == 0 ? e[0] * x[0] - e[1] * x[1] : e[0] * x[1] + e[1] * x[0];
 }
 
-// q_t = sum over channels of conj(taps) x, (taps, 4, 2) in double; one warp per tap and candidate.
+// q_t = sum over channels of conj(taps) x, (taps, F, 2) in double; one warp per tap and candidate.
 __device__ inline void write_response(const Symbol& y) {
   const Stencil& s = y.op.s;
   for (int32_t i = Team<false>::number(); i < s.taps * kCandidates; i += Team<false>::per_block()) {
@@ -164,8 +163,9 @@ __device__ inline void write_response(const Symbol& y) {
     const int32_t first = y.entry({0, tap});
     double re = 0, im = 0;
     for (int32_t c = Team<false>::rank(); c < s.channels; c += kWarpSize) {
-      const float* b =
-          y.back + static_cast<int64_t>(column_of(s, y.op.tap_major(), c, tap)) * kPanel + 2 * f;
+      const float* b = y.back +
+                       static_cast<int64_t>(column_of(s, y.op.tap_major(), c, tap)) * kPassColumns +
+                       2 * f;
       const float* x = y.plain + 2 * (f * y.width + first + c);
       const double br = b[0], bi = b[1], xr = x[0], xi = x[1];
       re += br * xr + bi * xi;
@@ -269,7 +269,7 @@ __device__ inline void scale_responses(const Symbol& y) {
   __syncthreads();
 }
 
-// Moves each candidate's frequency to one where its response is no smaller: (4, 3) in `moved`. The
+// Moves each candidate's frequency to one where its response is no smaller: (F, 3) in `moved`. The
 // block searches the grids, then a warp per candidate takes the Newton step.
 __device__ inline void improve_frequencies(const Symbol& y, double (&moved)[kCandidates * kAxes]) {
   LMTFAST_SHARED(Peak, peaks, [kCandidates]);
@@ -319,7 +319,8 @@ __device__ inline void next_vectors(const Symbol& y, const float* phase,
       for (int32_t tap = 0; tap < s.taps; ++tap) {
         if (y.entry({0, tap}) != i - channel) continue;
         const float* b =
-            y.back + static_cast<int64_t>(column_of(s, y.op.tap_major(), channel, tap)) * kPanel +
+            y.back +
+            static_cast<int64_t>(column_of(s, y.op.tap_major(), channel, tap)) * kPassColumns +
             2 * f;
         const float* e = phase + 2 * (tap * kCandidates + f);
         // times conj(e)
@@ -417,13 +418,14 @@ __device__ inline void record_symbol(const View& v, int32_t index) {
   float* z = u + 2 * s.rows;
   float* p = z + 2 * s.columns;
   const float inverse = inverse_or_one(best);
-  const float* pure = v.floats + any.work.pure + static_cast<int64_t>(op.group) * s.rows * kPanel;
+  const float* pure =
+      v.floats + any.work.pure + static_cast<int64_t>(op.group) * s.rows * kPassColumns;
   if (threadIdx.x == 0) {
     *group = static_cast<float>(op.group);
     v.sigmas[index] = static_cast<float>(best);
   }
   for (int32_t i = threadIdx.x; i < 2 * s.rows; i += kBlockThreads) {
-    const int64_t at = static_cast<int64_t>(i / 2) * kPanel + 2 * f + i % 2;
+    const int64_t at = static_cast<int64_t>(i / 2) * kPassColumns + 2 * f + i % 2;
     u[i] = y.image[at] * inverse;
     p[i] = pure[at];
   }
