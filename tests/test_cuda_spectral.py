@@ -38,7 +38,7 @@ from tests.test_mixed_engines import MIXED, Mixed, heads
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-# Shared memory per block: more than rows here need, for fewer candidates, for x alone, none.
+# Shared memory per block: more than rows here need, for one candidate, for x alone, none.
 LIMITS = [227 << 10, 40 << 10, 16 << 10, 4 << 10]
 LONG = {
     "one chunk": conv("one chunk", (9, 70, 3, 3), (4, 4)),
@@ -180,7 +180,7 @@ def test_every_share_of_shared_memory(core: ModuleType, name: str, limit: int) -
     torch.testing.assert_close(got, advanced, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("limit", LIMITS[1:])
+@pytest.mark.parametrize("limit", [*LIMITS[1:], 5 << 10])
 def test_shares_of_many_operators(core: ModuleType, limit: int) -> None:
     """Candidates apart, identity and scales included: sigma and iterates as with all together."""
     network = (

@@ -5,8 +5,8 @@
 // z'. Meanwhile the next four rows are on their way.
 //
 // A thread owns the columns of its words in every row, so accumulators are private to it and need no
-// barrier. They lie in shared memory where a block has room, for all candidates or for some of them
-// per block, and otherwise where their sums go anyway. y is not normalised: a tile scales it by a
+// barrier. They lie in shared memory where a block has room, for both candidates or for one per block,
+// and otherwise where their sums go anyway. y is not normalised: a tile scales it by a
 // power of two that follows its largest entry, so that nothing over- or underflows.
 //
 // z is not stored either: z[channel, tap] = e[tap] x[phase of the tap, channel], complex, and x with

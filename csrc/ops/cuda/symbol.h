@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The symbol engine's step around its two products (lmtfast/engines/symbol.py), one block per group:
 // what the weights multiply before, the search for frequencies and the next vectors after.
-// Candidate f has the panel columns 2 f and 2 f + 1, real and imaginary part.
+// Candidate f of F has the panel columns 2 f and 2 f + 1, real and imaginary part.
 #pragma once
 
 #include <bit>
