@@ -285,8 +285,8 @@ void test_each_alone() {
 
 void test_all_together() {
   const Network net(shapes(), true);
-  // Room for all candidates of a symbol, for some, for none.
-  for (const int64_t kib : {227, 8, 4}) {
+  // Room for both candidates of every symbol; then less and less for one, for x alone, for none.
+  for (const int64_t kib : {227, 8, 5, 4}) {
     shared_bytes = kib << 10;
     const Outputs outputs = run(net, true, true, 0);
     for (const uint64_t seed : {1, 2}) CHECK(outputs == run(net, true, true, seed));
