@@ -23,8 +23,8 @@ POOL, PEAKS = 64, 4 * CANDIDATES
 def supremum(region: Region, weights: Weights, state: torch.Tensor) -> float:
     """Largest symbol norm that the tracked state or a thorough search climbs to, in float64.
 
-    The search has a finer grid than a rescan, twice as many power steps, starting points and
-    peaks, so that it does not overlook what a rescan overlooks.
+    The search has a finer grid than a rescan and more power steps, starting points and peaks, so
+    that it does not overlook what a rescan overlooks.
     """
     form = polyphase.conv_form(region)
     assert form is not None

@@ -26,7 +26,8 @@ DOUBLE_PAIR_CLASSES = 256
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Distances cancel, so no automatic half precision, on devices that have it."""
+    """No automatic half precision meanwhile, on devices that have it: it would round what distances
+    and norms are computed from."""
     # What a compiler traces does not ask: it may run under another setting.
     if torch.compiler.is_compiling():
         return torch.autocast(device.type, enabled=False)

@@ -97,6 +97,6 @@ def vector(x: Tensor, entries: int, name: str, device: torch.device) -> Tensor:
         raise ShapeError(
             f"{entries} entries", str(tuple(x.shape)), name, "use the operator's own shape"
         )
-    if x.ndim == 1 and x.is_contiguous() and not x.is_neg():
+    if x.ndim == 1 and x.is_contiguous() and not (x.is_neg() or x.requires_grad):
         return x
     return x.detach().resolve_neg().reshape(-1).contiguous()
